@@ -1,0 +1,28 @@
+"""The command line: what a user meets when something is wrong, and how long it takes to say so."""
+import json
+import time
+
+import pytest
+
+
+def test_help_is_quick(hidreamer):
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter(); hidreamer("--help", check=0); seconds.append(time.perf_counter() - began)
+    assert min(seconds) < .5
+
+
+def test_info(hidreamer):
+    info = json.loads(hidreamer("info", check=0).stdout)
+    assert info["versions"]["torch"] and info["hardware"]["cores"] >= 1
+
+
+@pytest.mark.parametrize("args, said", [
+    (["trian"], "Nearest: train"),
+    (["eval", "nowhere"], "no run here"),
+    (["report"], "at least one run folder"),
+    (["info", "--hlep"], "Unrecognized"),
+])
+def test_mistakes_are_explained(hidreamer, args, said):
+    done = hidreamer(*args, check=2)
+    assert said in " ".join(done.stderr.split()), done.stderr
