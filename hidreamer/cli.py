@@ -18,6 +18,7 @@ import textwrap
 import warnings
 from pathlib import Path
 from typing import Annotated, Literal
+from . import __version__
 
 # %% ../nbs/80_cli.ipynb #cell-006
 def read(f, args: list[str], name: str):
@@ -51,12 +52,12 @@ def train(args: list[str]) -> None:
     training.train(tyro.cli(training.TrainConfig, args=args, default=default, prog="hidreamer train", description=inspect.getdoc(train)))
 
 # %% ../nbs/80_cli.ipynb #cell-011
-def one_game(agent, env: str, seed: int, max_steps: int, cfg=None):
+def one_game(agent, cfg, seed: int, max_steps: int):
     "A `Segment` (b=1): one game of `agent` on held-out seeds, or its first `max_steps` steps."
     from hidreamer.data.envs import make_envs
     from hidreamer.data.replay import Collector, Replay
     from hidreamer.evaluate.scores import HELD_OUT_SEED, own_randomness
-    envs = make_envs(env, 1, seed=HELD_OUT_SEED + seed, cfg=cfg)
+    envs = make_envs(cfg.env, 1, seed=HELD_OUT_SEED + seed, cfg=cfg.atari)
     try:
         replay = Replay(None, max_steps + 2, 1, envs.single_observation_space.shape)
         collector = Collector(envs, replay, seed=HELD_OUT_SEED + seed)
@@ -84,9 +85,11 @@ def eval(run: Path,                      # the run folder
     from hidreamer.behave.agent import RandomAgent
     from hidreamer.evaluate.scores import evaluate, scores_json
     opened, cfg, agent = load(run)
-    mine = evaluate(agent, cfg.env, episodes, seed, greedy=greedy)
-    random = evaluate(RandomAgent(agent.world.actions), cfg.env, episodes, seed)
-    path = opened.write_json("scores.json", scores_json(mine, random, environment_steps=opened.checkpoint().step))
+    mine = evaluate(agent, cfg.env, episodes, seed, greedy=greedy, cfg=cfg.atari)
+    random = evaluate(RandomAgent(agent.world.actions), cfg.env, episodes, seed, cfg=cfg.atari)
+    saved = opened.checkpoint()
+    path = opened.write_json("scores.json", scores_json(mine, random, environment_steps=saved.step, checkpoint=saved.path.name,
+                                                        wall_time=60 * saved.training()["clock"]["minutes"]))
     print(mine, random, path, sep="\n")
 
 def dream(run: Path,                     # the run folder
@@ -96,10 +99,12 @@ def dream(run: Path,                     # the run folder
           out: Path | None = None,       # .gif or .mp4; dream.gif in the run folder if not given
          ) -> None:
     "Film real frames beside imagined ones, on a game that was not trained on."
+    from hidreamer.core import autocast
     from hidreamer.evaluate.dream import dream
     opened, cfg, agent = load(run)
-    episode = one_game(agent, cfg.env, seed, max_steps=10 * (horizon + context))
-    film = dream(agent.world, agent.policy, episode, out or opened.path/"dream.gif", context, horizon, seed=seed)
+    episode = one_game(agent, cfg, seed, max_steps=10 * (horizon + context))
+    with autocast(agent.device, cfg.precision):
+        film = dream(agent.world, agent.policy, episode, out or opened.path/"dream.gif", context, horizon, seed=seed)
     print(film.path, film.strip, sep="\n")
 
 def report(runs: tuple[Path, ...],   # one or more run folders
@@ -120,7 +125,7 @@ def play(run: Path,                      # the run folder
     "Film one real game of the newest checkpoint."
     from hidreamer.evaluate.dream import write_film
     opened, cfg, agent = load(run)
-    game = one_game(agent, cfg.env, seed, max_steps)
+    game = one_game(agent, cfg, seed, max_steps)
     frames = game.frames[0, :, -3:].permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
     path = write_film(list(frames), out or opened.path/"play.gif", fps)
     print(f"{game.rewards.sum():g} points in {game.time - 1} steps", path, sep="\n")
@@ -158,6 +163,9 @@ def explain(e: BaseException) -> str | None:
     if core and isinstance(e, core.HidreamerError): return str(e)
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return f"Cannot use {e.filename or 'the disk'}: {e.strerror}. Checkpoints that were saved before are intact."
+    if isinstance(e, RuntimeError) and "loading state_dict" in str(e):
+        return ("The checkpoint was saved by another version of hidreamer, whose networks differ; the run's scores.json names its commit. "
+                f"Train anew in another --run DIR, or use that version. ({str(e).splitlines()[-1].strip()})")
     if "OutOfMemory" in type(e).__name__: return f"The device ran out of memory. Choose a smaller batch or --device cpu. ({e})"
 
 # %% ../nbs/80_cli.ipynb #cell-018
@@ -165,15 +173,18 @@ def main(args: list[str] | None = None) -> int:   # None: `sys.argv[1:]`
     "The console script. Returns the status: 0, 2 for a mistake that was explained, 130 for Ctrl-C."
     args = sys.argv[1:] if args is None else list(args)
     name, rest = (args[0], args[1:]) if args else ("--help", [])
-    if name in ("-h", "--help", "help"): print(usage()); return 0
-    if name == "--version": from hidreamer import __version__; print(__version__); return 0
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in ("-h", "--help", "help", "--version"):
         near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
         complain(f"there is no command {name!r}. " + (f"Nearest: {near[0]}. " if near else "") + "`hidreamer --help` lists them all.")
         return 2
     warnings.formatwarning = lambda message, *a, **k: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")   # says that autocast does what it is there for
+    os.environ.setdefault("RL_LOGGING_LEVEL", "WARNING")                           # TorchRL reports every storage it opens
     try:
-        train(rest) if name == "train" else read(COMMANDS[name], rest, name)
+        if name == "--version": print(__version__)
+        elif name == "train": train(rest)
+        elif name in COMMANDS: read(COMMANDS[name], rest, name)
+        else: print(usage())
         sys.stdout.flush()
         return 0
     except KeyboardInterrupt as e:

@@ -107,7 +107,7 @@ def rng_state() -> dict:
 def restore_rng(state: dict) -> None:
     "Put the generators back where `rng_state` found them."
     name, keys, *rest = state["numpy"]
-    random.setstate(state["python"]); np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    random.setstate(state["python"]); np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -173,7 +173,8 @@ def write_checkpoint(path: Path, model: dict[str, Tensor], training: dict, repla
     sync_folder(path)
 
 # %% ../nbs/01_run.ipynb #cell-020
-FREE = ("run", "device", "precision", "log_every", "save_every")   # config fields that may change when a run is resumed
+# config fields that may change when a run is resumed
+FREE = ("run", "device", "precision", "threads", "max_minutes", "save_every", "episodes")
 _held = {}   # folder -> open lock file: the folders that this process trains in
 
 def hold(path: Path) -> None:
@@ -373,9 +374,9 @@ def check_finite(loss: Tensor,            # the scalar to minimise
                          "Try a smaller learning rate or --precision fp32, in another --run DIR.")
 
 class Stop:
-    "`with Stop() as stop: ... if stop: save and leave`. True once SIGINT or SIGTERM came; a second one interrupts at once."
-    def __init__(self): self.signal = None
-    def __bool__(self) -> bool: return self.signal is not None
+    "`with Stop() as stop: ... if stop: save and leave`. True once SIGINT or SIGTERM (`stop.signal`) came; a second one interrupts."
+    def __init__(self): self.signal = ""
+    def __bool__(self) -> bool: return bool(self.signal)
     def __enter__(self):
         self.old = {}
         if threading.current_thread() is threading.main_thread():   # Python allows handlers only there
@@ -385,7 +386,7 @@ class Stop:
         for s, handler in self.old.items(): signal.signal(s, handler)
     def _ask(self, number, frame):
         if self: raise KeyboardInterrupt
-        self.signal = number
+        self.signal = signal.Signals(number).name
 
 # %% ../nbs/01_run.ipynb #cell-044
 def git_commit() -> str | None:

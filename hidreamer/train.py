@@ -49,7 +49,7 @@ class TrainConfig(Config):
     random_steps: int = 8_000       # of these, the first ones with random actions
     envs: int = 8                   # games played side by side
     block: int = 1_000              # steps between two rounds of learning
-    warm_up: int = 1_500            # updates of the tokenizer alone, before anything else learns
+    warm_up: int = 2_400            # updates of the tokenizer alone, before anything else learns
     tokens_until: int = 0           # steps until which the tokenizer goes on learning with the world; 0: frozen after its warm-up
     batch: int = 16                 # segments per world update
     length: int = 16                # steps per segment
@@ -228,7 +228,7 @@ class Trainer:
         "One update of the tokenizer alone."
         with self.timed("tokens"):
             self.world.train()
-            with autocast(self.device, self.cfg.precision): loss, logs = self.world.warm_up_loss(self.sample(self.cfg.batch * 8, 1))
+            with autocast(self.device, self.cfg.precision): loss, logs = self.world.warm_up_loss(self.sample(self.cfg.batch * 4, 1))
             self.update(loss, logs, ("tokens",), self.clock["warm"] / self.cfg.warm_up)
             self.clock["warm"] += 1
             self.note("tokens", logs)

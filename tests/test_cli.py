@@ -1,15 +1,17 @@
 """The command line: what a user meets when something is wrong, and how long it takes to say so."""
 import json
-import time
+import resource
 
 import pytest
 
 
 def test_help_is_quick(hidreamer):
+    "In seconds of processor time, which other work on the machine does not change."
+    def spent(): u = resource.getrusage(resource.RUSAGE_CHILDREN); return u.ru_utime + u.ru_stime
     seconds = []
     for _ in range(3):
-        began = time.perf_counter(); hidreamer("--help", check=0); seconds.append(time.perf_counter() - began)
-    assert min(seconds) < .5
+        began = spent(); hidreamer("--help", check=0); seconds.append(spent() - began)
+    assert 0 < min(seconds) < .5
 
 
 def test_info(hidreamer):

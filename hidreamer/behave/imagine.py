@@ -75,7 +75,8 @@ def imagine(world: WorldModel,          # only `features` and `step` are used
         x = world.features(state)
         b, d = x.shape
         new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=x.device)
-        r = Rollout(new(horizon + 1, b, d), new(horizon, b, dtype=torch.long), new(horizon, b), new(horizon, b), new(horizon, b), new(horizon + 1, b))
+        r = Rollout(features=new(horizon + 1, b, d), actions=new(horizon, b, dtype=torch.long), logp=new(horizon, b),
+                    rewards=new(horizon, b), conts=new(horizon, b), values=new(horizon + 1, b))
         for t in range(horizon):
             r.features[t] = x                  # copied: a world may reuse the memory behind `features`
             logits, r.values[t] = policy(r.features[t])
@@ -100,10 +101,10 @@ class Cohort:
 class DreamEnv(VectorEnv):
     """A world as a `gymnasium.vector.VectorEnv`, so that any learner that knows Gymnasium can train inside it.
 
-    Rewards are the world's expected rewards. An episode terminates with probability 1 - cont; when the oldest one
-    has lasted `horizon` steps, all are truncated. Autoreset is NEXT_STEP. The same `reset(seed=)` gives the same dreams if `starts` and the world
-    draw from PyTorch's global generator, which the environment seeds for itself and puts back afterwards.
-    Raises `HidreamerError` for settings out of range, and for `starts` of another number of rows."""
+    Rewards are the world's expected rewards. An episode terminates with probability 1 - cont; when the oldest dream has
+    lasted `horizon` steps, all are truncated. Autoreset is NEXT_STEP. The same `reset(seed=)` gives the same dreams if
+    `starts` and the world draw from PyTorch's global generator, which the environment seeds for itself and puts
+    back afterwards. Raises `HidreamerError` for settings out of range, and for `starts` of another number of rows."""
     def __init__(self, world: WorldModel,          # only `actions`, `step` and `features` (or `decode`) are used
                  starts: Callable[[], Any],        # returns a new world state of `num_envs` rows; called whenever rows restart
                  num_envs: int,                    # rows stepped together
@@ -150,7 +151,8 @@ class DreamEnv(VectorEnv):
         "Observations, rewards (n,), terminations (n,), truncations (n,) and an empty info."
         check(self.done is not None, "env", "new", "must be reset before its first step", "Call env.reset().")
         actions = np.asarray(actions).astype(np.int64)
-        check(self.action_space.contains(actions), "actions", actions, f"must be {self.num_envs} integers from 0 to {self.world.actions - 1}")
+        check(self.action_space.contains(actions), "actions", actions,
+              f"must be {self.num_envs} integers from 0 to {self.world.actions - 1}")
         fresh, rewards = self.done, np.zeros(self.num_envs)
         ended, cut = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
         for c in self.cohorts: c.rows = c.rows & ~fresh

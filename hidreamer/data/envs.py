@@ -6,7 +6,7 @@
 __all__ = ['GAMES', 'RAM', 'CRAFTER_ACTIONS', 'EnvConfig', 'Frames', 'game_id', 'make_envs', 'sync', 'area_matrix', 'Stack',
            'LabelEnv', 'ram', 'ball_and_paddles', 'CrafterEnv']
 
-# %% ../../nbs/10_data.envs.ipynb #cell-002
+# %% ../../nbs/10_data.envs.ipynb #cell-003
 from collections.abc import Callable
 from dataclasses import dataclass
 import ale_py
@@ -15,12 +15,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from ..core import Config, HidreamerError, check, nearest
 
-# %% ../../nbs/10_data.envs.ipynb #cell-003
+# %% ../../nbs/10_data.envs.ipynb #cell-006
 GAMES = {name: f"ALE/{name}-v5" for name in (
     "Alien Amidar Assault Asterix BankHeist BattleZone Boxing Breakout ChopperCommand CrazyClimber DemonAttack Freeway Frostbite "
     "Gopher Hero Jamesbond Kangaroo Krull KungFuMaster MsPacman Pong PrivateEye Qbert RoadRunner Seaquest UpNDown").split()}
 
-# %% ../../nbs/10_data.envs.ipynb #cell-004
+# %% ../../nbs/10_data.envs.ipynb #cell-008
 @dataclass
 class EnvConfig(Config):
     "How an environment is shown and stepped. The defaults are the Atari-100k protocol."
@@ -47,7 +47,7 @@ class EnvConfig(Config):
         "Shape (c h w) of one observation."
         return (1 if self.grey else 3) * self.stack, self.size, self.size
 
-# %% ../../nbs/10_data.envs.ipynb #cell-005
+# %% ../../nbs/10_data.envs.ipynb #cell-011
 class Frames(VectorWrapper):
     "What every environment here looks like from outside: uint8 (n c h w), float32 rewards, actions checked."
     def __init__(self, env: VectorEnv, cfg: EnvConfig, name: str, actions: list[str], seed: int):
@@ -64,6 +64,7 @@ class Frames(VectorWrapper):
     def reset(self, *, seed=None, options=None):
         "Reset all; environment i is seeded with `seed + i`. The first reset falls back on the seed given to `make_envs`."
         seed, self._seed, self._lost[:] = self._seed if seed is None else seed, None, False
+        if seed is not None: seed = int(seed) % (2**31 - 1 - self.num_envs)     # the console's seeds have 31 bits
         obs, info = self.env.reset(seed=seed, options=options)
         return self._picture(obs), info
 
@@ -77,7 +78,7 @@ class Frames(VectorWrapper):
         self._lost = terminated | truncated
         return self._picture(obs), reward.astype(np.float32), terminated, truncated, info
 
-# %% ../../nbs/10_data.envs.ipynb #cell-006
+# %% ../../nbs/10_data.envs.ipynb #cell-012
 def game_id(name: str) -> str:
     "`Pong` or `ALE/Pong-v5` to the ALE id; unknown names raise `HidreamerError` and list the nearest."
     if name in GAMES.values(): return name
@@ -113,7 +114,7 @@ def sync(make: Callable, num_envs: int) -> SyncVectorEnv:
     "`num_envs` single environments as one; like the native one, it resets in the step after an end."
     return SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
 
-# %% ../../nbs/10_data.envs.ipynb #cell-007
+# %% ../../nbs/10_data.envs.ipynb #cell-014
 def area_matrix(n_in: int, n_out: int) -> np.ndarray:
     "Matrix (n_out, n_in) that averages by area, as OpenCV's INTER_AREA does when it shrinks."
     edges = np.arange(n_out + 1) * n_in / n_out
@@ -135,10 +136,11 @@ class Stack:
         self.out = np.concatenate([self.out[len(x):], x])
         return self.out
 
-# %% ../../nbs/10_data.envs.ipynb #cell-008
+# %% ../../nbs/10_data.envs.ipynb #cell-015
 class LabelEnv(gym.Env):
     "One Atari game under the same protocol as the native vector environment, with its memory open to `ram`."
     def __init__(self, game: str, cfg: EnvConfig):
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
         self.cfg, self.ale = cfg, ale_py.ALEInterface()
         self.ale.setFloat("repeat_action_probability", cfg.sticky)
         self.ale.setInt("max_num_frames_per_episode", cfg.time_limit)
@@ -164,15 +166,18 @@ class LabelEnv(gym.Env):
         self.ale.reset_game(); self.stack.clear()
         noops = (options or {}).get("noops", self.np_random.integers(max(self.cfg.noops, 1)))
         for _ in range(noops): self.ale.act(ale_py.Action.NOOP)
-        return self.stack.push(self._screen()), {"lives": self.ale.lives()}
+        self.screens = [self._screen()]
+        return self.stack.push(self.screens[-1]), {"lives": self.ale.lives()}
 
     def step(self, action):
-        reward, screens, over = 0., [], False
-        for _ in range(self.cfg.skip):
-            reward += self.ale.act(self.legal[action]); screens = [*screens[-1:], self._screen()]
+        reward, over = 0., False
+        for i in range(self.cfg.skip):
+            reward += self.ale.act(self.legal[action])
             if over := self.ale.game_over(): break
+            if i >= self.cfg.skip - 2: self.screens = [*self.screens[-1:], self._screen()]
         truncated = self.ale.game_truncated()
-        return self.stack.push(np.maximum.reduce(screens)), reward, over and not truncated, truncated, {"lives": self.ale.lives()}
+        picture = np.maximum.reduce(self.screens[-min(2, self.cfg.skip):])
+        return self.stack.push(picture), reward, over and not truncated, truncated, {"lives": self.ale.lives()}
 
 def ram(envs: VectorEnv) -> np.ndarray:
     "The consoles' memory, uint8 (n, 128), at the frames last seen. Raises `HidreamerError` unless made with `labels=True`."
@@ -181,26 +186,31 @@ def ram(envs: VectorEnv) -> np.ndarray:
           "Make them with make_envs(name, n, labels=True).")
     return np.stack([e.ram for e in subs])
 
-# %% ../../nbs/10_data.envs.ipynb #cell-009
-#: Per game, name -> (address, screen position of a zero there). Addresses: Anand et al. 2019; offsets calibrated in this notebook.
-RAM = {"Pong": dict(ball_x=(49, -49), ball_y=(54, -15), player_y=(51, -4), enemy_y=(50, -4)),
-       "Breakout": dict(ball_x=(99, -47), ball_y=(101, 11), paddle_x=(72, -38)),
-       "MsPacman": dict(player_x=(10, -12), player_y=(16, 8), **{f"ghost{i}_{a}": (base + i - 1, off) for i in range(1, 5)
-                        for a, base, off in (("x", 6, -12), ("y", 12, 8))})}
+# %% ../../nbs/10_data.envs.ipynb #cell-029
+def ram(envs: VectorEnv) -> np.ndarray:
+    "The consoles' memory, uint8 (n, 128), at the frames last seen. Raises `HidreamerError` unless made with `labels=True`."
+    subs = getattr(envs.unwrapped, "envs", None)
+    check(bool(subs) and isinstance(subs[0], LabelEnv), "envs", str(envs), "do not show their memory",
+          "Make them with make_envs(name, n, labels=True).")
+    return np.stack([e.ram for e in subs])
+
+#: Per game, name -> (address, what to add for the centre in pixels of the 160x210 screen). Addresses: Anand et al. 2019.
+RAM = {"Pong": dict(ball_x=(49, -48.5), ball_y=(54, -12.5), player_y=(51, -5.5), enemy_y=(50, -7.5)),
+       "Breakout": dict(ball_x=(99, -48.5), ball_y=(101, 10.5), paddle_x=(72, -39.5)),
+       "MsPacman": dict(player_x=(10, -8), player_y=(16, 5.5), **{f"{g}_{a}": (base + i, off) for i, g in
+                        enumerate(("sue", "inky", "pinky", "blinky")) for a, base, off in (("x", 6, -8.5), ("y", 12, 6))})}
 
 def ball_and_paddles(game: str,             # "Pong", "Breakout" or "MsPacman"
                      ram: np.ndarray        # uint8 (... 128)
                     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "Name -> (position in pixels of the 160x210 screen, is it there): arrays shaped as `ram` without its last axis."
+    "Name -> (centre in pixels of the 160x210 screen, is it there): arrays shaped as `ram` without its last axis."
     check(game in RAM, "game", game, f"has no RAM labels; known are {', '.join(RAM)}")
     raw = {k: ram[..., a].astype(np.float32) for k, (a, _) in RAM[game].items()}
     there = np.ones(ram.shape[:-1], bool)
-    ball = there
-    if game == "Pong": ball = (raw["ball_x"] > 60) & (raw["ball_x"] < 200) & (raw["ball_y"] > 40) & (raw["ball_y"] < 205)
-    if game == "Breakout": ball = raw["ball_y"] > 0
+    ball = (raw["ball_y"] > 0) & (raw["ball_y"] < (179 if game == "Breakout" else 256)) if "ball_y" in raw else there
     return {k: (raw[k] + off, ball if k.startswith("ball") else there) for k, (_, off) in RAM[game].items()}
 
-# %% ../../nbs/10_data.envs.ipynb #cell-010
+# %% ../../nbs/10_data.envs.ipynb #cell-035
 CRAFTER_ACTIONS = ("noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant make_wood_pickaxe "
     "make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword").split()
 
@@ -227,5 +237,5 @@ class CrafterEnv(gym.Env):
         screen, reward, _, info = self.env.step(int(action))
         self.steps += 1
         dead = bool(info["discount"] == 0)
-        info = dict(unlocked={k for k, v in info["achievements"].items() if v > 0}, inventory=info["inventory"])
+        info = dict(unlocked=[k for k, v in info["achievements"].items() if v > 0])
         return self._obs(screen), float(reward), dead, not dead and self.steps >= self.limit, info

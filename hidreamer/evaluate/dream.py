@@ -19,7 +19,7 @@ from ..core import Segment, check
 from .rollouts import choose_starts
 from .scores import own_randomness
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-006
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-007
 @dataclass
 class Dream:
     "What was seen and imagined; pictures are uint8 (t h w 3). Panels by name, in the order they are shown."
@@ -58,7 +58,7 @@ def levels_of(world, frames) -> dict[str, np.ndarray]:
     name = lambda i: "L0 alone" if i == 0 else "all levels" if i == n - 1 else "+".join(f"L{j}" for j in range(i + 1))
     return {name(i): picture(tok.decode(codes, levels=i + 1)[0]) for i in range(n)}
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-007
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-008
 GAIN = 3        # the difference is drawn this many times stronger
 
 def imagine_beside(world, policy, episode: Segment, context: int = 8, horizon: int = 40, start: int | None = None, seed: int = 0) -> Dream:
@@ -82,7 +82,7 @@ def imagine_beside(world, policy, episode: Segment, context: int = 8, horizon: i
     def mse(x): return (x - true[context:]).square().mean((1, 2, 3)).tolist()
     return Dream({**panels, **levels}, context, start, mse(seen[context:]), mse(true[context - 1:context]))
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-012
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-013
 SEEN, DREAMT, PAPER, INK = (42, 120, 214), (235, 104, 52), (20, 20, 19), (240, 239, 234)
 
 def text(words: str, height: int, width: int, colour=INK, size: float = .62) -> np.ndarray:
@@ -105,7 +105,7 @@ def columns_of(names: list[str]) -> tuple[list[list[str]], int]:
     rows = [r for r in ([n for n in names if n not in levels], levels) if r]
     return rows, max(map(len, rows))
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-013
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-014
 def compose(d: Dream, scale: int = 3) -> list[np.ndarray]:
     "The frames of the film, uint8 (height width 3)."
     first = next(iter(d.panels.values())); t, h, w = first.shape[:3]
@@ -113,7 +113,7 @@ def compose(d: Dream, scale: int = 3) -> list[np.ndarray]:
     size = (gap + len(rows) * (label + ph + gap) + foot, gap + cols * (pw + gap), 3)
     still = np.full(size, PAPER, np.uint8)
     spots = {n: (gap + r * (label + ph + gap) + label, gap + c * (pw + gap)) for r, row in enumerate(rows) for c, n in enumerate(row)}
-    for name, (top, left) in spots.items(): put(still, text(name, label, pw), top - label, left)
+    for name, (top, left) in spots.items(): put(still, text(name, label, pw, size=.62 * min(1, pw / 192)), top - label, left)
     film = []
     for i in range(t):
         x, ahead, colour = still.copy(), i - d.context + 1, SEEN if i < d.context else DREAMT
@@ -127,7 +127,7 @@ def compose(d: Dream, scale: int = 3) -> list[np.ndarray]:
         film.append(x)
     return film
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-016
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-017
 def filmstrip(d: Dream, path: Path, steps=(1, 2, 3, 5, 10, 15, 25, 40)) -> Path:
     "Write a PNG of `d`'s frames: columns are steps ahead (0 is the last frame seen), rows the panels, a line where the dream begins."
     rows = [n for n in d.panels if n == "real" or n.startswith(("imagined, same", "difference"))]
@@ -145,7 +145,7 @@ def filmstrip(d: Dream, path: Path, steps=(1, 2, 3, 5, 10, 15, 25, 40)) -> Path:
     FigureCanvasAgg(fig).print_png(str(path))
     return Path(path)
 
-# %% ../../nbs/61_evaluate.dream.ipynb #cell-018
+# %% ../../nbs/61_evaluate.dream.ipynb #cell-019
 def write_film(frames: list[np.ndarray], path: Path, fps: int = 10) -> Path:
     "Write `.gif`, or `.mp4` where imageio-ffmpeg is installed."
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)

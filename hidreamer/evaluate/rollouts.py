@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core import Segment, check
 from .scores import bootstrap_interval, own_randomness
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-006
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-007
 def choose_starts(lengths: list[int], context: int, horizon: int, starts: int, seed: int = 0) -> list[tuple[int, int]]:
     """About `starts` pairs (episode, position), equally many per episode and without repetition, sorted. The frames
     `position - context + 1 ... position + horizon` lie in the episode. Episodes that are too short give none."""
@@ -27,7 +27,7 @@ def choose_starts(lengths: list[int], context: int, horizon: int, starts: int, s
     rng, each = np.random.default_rng(seed), -(-starts // len(room))
     return [(i, int(p) + context - 1) for i, n in room.items() for p in np.sort(rng.permutation(n)[:each])]
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-009
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-010
 CHANGED = 0.02      # a pixel changed when a channel moved by more than 5 of 255
 
 def rollout_frames(world, context: Segment, actions, horizons: tuple, samples: int) -> dict[int, Float[Tensor, "b s c h w"]]:
@@ -50,7 +50,7 @@ def frame_errors(predicted: Float[Tensor, "b s c h w"], true: Float[Tensor, "b c
              world_changed=per_sample(on_moved), copy_changed=on_moved(last), changed_share=moved.mean((1, 2, 3)))
     return {k: v.double().cpu().numpy() for k, v in e.items()}
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-013
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-014
 def clusters_of(starts: list[tuple[int, int]]) -> tuple[np.ndarray, str]:
     "Cluster number of every (sorted) start, and what a cluster is."
     episode = np.array([i for i, _ in starts])
@@ -66,7 +66,7 @@ def clustered(x: np.ndarray, cluster: np.ndarray, seed: int = 0) -> dict:
     low, high = bootstrap_interval(means, seed=seed)
     return dict(mean=float(np.mean(means)), low=None if np.isnan(low) else low, high=None if np.isnan(high) else high)
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-016
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-017
 @dataclass
 class RolloutError:
     """Rollout error by horizon. `rows[i]` holds `t` and, for each column, a dict of mean, low and high (95%); the unit is the
@@ -94,7 +94,7 @@ class RolloutError:
     def _repr_markdown_(self):
         return self.table() + f"\n\n×10⁻³; {self.starts} starts, {self.episodes} episodes, resampled by {self.clusters}"
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-017
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-018
 def batch_errors(world, segs: list[Segment], context: int, horizons: tuple, samples: int) -> dict[int, dict]:
     "Errors of some starts, given as segments of `context + max(horizons)` frames each, by horizon."
     seg = Segment(*(torch.cat(x) for x in zip(*(vars(s).values() for s in segs)))).to(next(world.parameters()).device)
@@ -128,7 +128,7 @@ def rollout_error(world, episodes: list[Segment], horizons=(1, 5, 10, 15), conte
         rows.append(dict(t=t, **{k: clustered(v, cluster, seed) for k, v in e.items()}))
     return RolloutError(rows, len(where), len({i for i, _ in where}), kind, context, samples, seed)
 
-# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-027
+# %% ../../nbs/61_evaluate.rollouts.ipynb #cell-028
 def plot_rollout(rows: list[dict], ax=None, colours=("#2a78d6", "#7a7a75", "#9a9a95"), unit: float = 1e-3):
     "Error by horizon with 95% bars: the world, copy-last-frame, and the codec's floor where known. `rows` as in `RolloutError`."
     ax = ax or plt.subplots(figsize=(6, 3))[1]

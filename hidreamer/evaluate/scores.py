@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from ..core import check, nearest
 from ..data.envs import EnvConfig, make_envs
 from ..data.replay import Collector

@@ -99,7 +99,7 @@ class _Blocked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, k, v, kp, vp, out, *weights = ctx.saved_tensors
-        (b, h, n, d), g = ctx.dims, g.reshape(q.shape)
+        g, scale = g.reshape(q.shape), q.shape[-1] ** -.5
         dq, dk, dv, dkp, dvp = *(torch.empty_like(x) for x in (q, k, v)), torch.zeros_like(kp), torch.zeros_like(vp)
         for (i, e, lo, hi, *_), w in zip(ctx.blocks, weights):
             gi, qi, p = g[:, i:e], q[:, i:e], hi - lo
@@ -109,7 +109,7 @@ class _Blocked(torch.autograd.Function):
             if p:
                 ds = torch.bmm(gi, vp[:, lo:hi].mT).sub_(mean).mul_(past)
                 y.baddbmm_(ds, kp[:, lo:hi]); dkp[:, lo:hi] += torch.bmm(ds.mT, qi); dvp[:, lo:hi] += torch.bmm(past.mT, gi)
-            torch.mul(y, d ** -.5, out=dq[:, i:e])
+            torch.mul(y, scale, out=dq[:, i:e])
         for full, part in ((dk, dkp), (dv, dvp)):
             full, part, n0 = full.unflatten(1, (ctx.steps, -1)), part.unflatten(1, (ctx.steps, -1)), ctx.slots[0]
             if full.shape == part.shape: full += part

@@ -13,12 +13,15 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from ..core import autocast, check
 from .encoder import Decoder, Encoder, TokenizerConfig
-from .hrvq import HRVQ, kmeans
+from .hrvq import HRVQ, Quantised, kmeans
 
 # %% ../../nbs/22_tokens.tokenizer.ipynb #cell-003
 class Background(nn.Module):
-    "Running per-pixel medians of frames: `number` backgrounds, each frame belongs to the nearest. They tell what moves."
-    def __init__(self, number: int, channels: int, size: int, rate: float = 0.01, threshold: float = 0.04):
+    """Running per-pixel medians of frames: `number` backgrounds, each frame belongs to the nearest. They tell what moves.
+
+    A pixel is corrected only where most frames disagree with it: then a right median never trembles, and what is not moving differs
+    from it by exactly nothing."""
+    def __init__(self, number: int, channels: int, size: int, rate: float = 0.02, threshold: float = 0.02):
         super().__init__()
         self.rate, self.threshold = rate, threshold
         self.register_buffer("frames", torch.zeros(number, channels, size, size))
@@ -30,15 +33,20 @@ class Background(nn.Module):
         return torch.cdist(x[..., ::4, ::4].flatten(1), self.frames[..., ::4, ::4].flatten(1).to(x.dtype)).argmin(1)
 
     @torch.no_grad()
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Bool[Tensor, "n h w"]:
-        "Pixels that differ from their frame's background. In training mode the backgrounds take a small step towards the median."
-        if self.training and not self.ready: self.start(x)
-        which = self.nearest(x)
-        diff = x - self.frames.to(x.dtype)[which]
-        if self.training:       # the sign of the difference pulls towards the median, not the mean: a passing ball leaves no trace
-            few = torch.randperm(len(x), device=x.device)[:32]      # enough for a running estimate
-            for i in which[few].unique(): self.frames[i] += self.rate * diff[few[which[few] == i]].sign().mean(0)
-        return diff.abs().amax(1) > self.threshold
+    def forward(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n c h w"], Bool[Tensor, "n h w"]]:
+        "The difference of each frame from its background, and where it is large. In training mode the backgrounds learn."
+        if self.training:
+            if not self.ready: self.start(x)
+            which = self.nearest(x)
+            for i in which.unique(): self.learn(i, x[which == i])
+        diff = x - self.frames[0] if len(self.frames) == 1 else x - self.frames[self.nearest(x)]
+        return diff, diff.abs().amax(1) > self.threshold
+
+    def learn(self, i: int, x: Float[Tensor, "n c h w"]) -> None:
+        "Where most frames differ from the background in the same sense, it is wrong: set it to their median. A right one never jitters."
+        x = x[torch.randperm(len(x), device=x.device)[:64]]
+        wrong = (x - self.frames[i]).sign().mean(0).abs() > 0.5
+        if len(x) >= 8 and wrong.any(): self.frames[i][wrong] = x[:, wrong].median(0).values
 
     def start(self, x: Float[Tensor, "n c h w"]) -> None:
         "First batch: k-means of small pictures, then the median of each cluster."
@@ -63,7 +71,9 @@ class Tokenizer(nn.Module):
         self.cfg = cfg = (cfg or TokenizerConfig()).check()
         self.encoder, self.quantiser, self.decoder = Encoder(cfg), HRVQ(cfg), Decoder(cfg)
         self.background = Background(cfg.backgrounds, cfg.channels, cfg.size)
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
         self.sizes, self.codes, self.dim = cfg.sizes, cfg.codes, cfg.dim
+        self.register_buffer("batches", torch.zeros((), dtype=torch.long))      # training batches seen
 
     def half(self, x: Tensor): return autocast(x.device, self.cfg.precision)
 
@@ -74,9 +84,28 @@ class Tokenizer(nn.Module):
         check(frames.dtype == torch.uint8, "frames.dtype", frames.dtype, "must be torch.uint8")
         return frames.flatten(0, 1).contiguous(memory_format=torch.channels_last).float() / 255
 
+    def still(self) -> Tensor | float:
+        "What frames are measured against: the background, or plain grey."
+        return self.background.frames[0] if self.cfg.residual else 0.5
+    def read(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k d"]:
+        "The encoder's output. Differences from the background are small and rare, so they are enlarged."
+        with self.half(x): return self.encoder((8. if self.cfg.residual else 1.) * (x - self.still()))
+    def draw(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
+        "Frames, roughly in [0, 1] (not clamped, so that the loss has a gradient everywhere)."
+        with self.half(z): return self.decoder(z) + self.still()
+
+    def look(self, x: Float[Tensor, "n c h w"], diff: Float[Tensor, "n c h w"]) -> Tensor:
+        "What the encoder is shown: the enlarged difference from the background, or the frame itself."
+        return 8 * diff if self.cfg.residual else x - 0.5
+    def draw(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
+        "Vectors to pictures, not clamped."
+        with self.half(z): y = self.decoder(z)
+        return y + (self.background.frames[0] if self.cfg.residual else 0.5)
+
     def vectors(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "n k d"]:
         "The encoder's output before quantisation."
-        with self.half(frames): return self.encoder(self.prepare(frames))
+        x = self.prepare(frames)
+        with self.half(x): return self.encoder(self.look(x, x - self.background.frames[0] if self.cfg.residual else x))
 
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t c h w"], chunk: int = 256) -> Int[Tensor, "b t n"]:
@@ -88,28 +117,48 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Int[Tensor, "b t n"], levels: int | None = None) -> Float[Tensor, "b t c h w"]:
         "Frames in [0, 1], drawn from the first `levels` levels (all by default)."
-        z = self.quantiser.decode(codes.flatten(0, 1), levels)
-        with self.half(z): x = self.decoder(z)
+        x = self.draw(self.quantiser.decode(codes.flatten(0, 1), levels))
         return rearrange(x.clamp(0, 1), "(b t) c h w -> b t c h w", b=len(codes))
 
     def embed(self, codes: Int[Tensor, "... n"], levels: int | None = None) -> Float[Tensor, "... k d"]:
         "Sum of the code vectors of the first `levels` levels, on the finest grid. No gradient reaches the codebooks."
         return self.quantiser.decode(codes, levels)
 
+    def used(self, moving: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n k"]:
+        "Vectors from which the codebooks learn: those that see something move, and a share `empty` of the others."
+        cell = self.cfg.size // self.cfg.fine
+        seen = F.max_pool2d(F.pad(moving.float(), (1,) * 4).unsqueeze(1), cell + 2, cell).flatten(1) > 0
+        return seen | (torch.rand(seen.shape, device=seen.device) < self.cfg.empty)
+
+    def weights(self, moving: Bool[Tensor, "n h w"]) -> Float[Tensor, "n k"]:
+        "How much each cell counts when codebooks learn: 1 if it sees a moving pixel, else `cfg.still`."
+        side = self.cfg.size // self.cfg.fine
+        seen = F.max_pool2d(F.pad(moving.float()[:, None], (1,) * 4), side + 2, side)
+        return seen.flatten(1) * (1 - self.cfg.still) + self.cfg.still
+
     def loss(self, frames: UInt8[Tensor, "b t c h w"]) -> tuple[Tensor, dict[str, Tensor]]:
-        "Weighted reconstruction + commitment (+ temporal InfoNCE); in training mode codebooks and backgrounds learn too."
+        "Weighted reconstruction + commitment (+ temporal InfoNCE). In training mode codebooks and backgrounds learn too."
         x = self.prepare(frames)
-        if self.training and self.quantiser.updates == 0: self.encoder.calibrate(x)
-        with self.half(x): z = self.encoder(x)
-        q = self.quantiser(z)
-        with self.half(x): y = self.decoder(q.z)
-        moving = self.background(x)
-        error = (y - x).square().mean(1)
-        weight = 1 + self.cfg.moving_weight * moving
-        rec = (error * weight).sum() / weight.sum()
+        diff, moving = self.background(x)
+        seen = self.look(x, diff)
+        if self.training:
+            with self.half(x):
+                if self.steps == 0: self.encoder.calibrate(seen)
+            self.steps += 1
+        with self.half(x): z = self.encoder(seen)
+        if self.training and self.steps <= self.cfg.warm: q = self.warm(z)
+        else: q = self.quantiser(z, None if self.cfg.fine == 1 else self.weights(moving))
+        error = (self.draw(q.z) - x).square().mean(1)
+        rec = 10 * (error * (1 + self.cfg.moving_weight * moving)).mean()
         loss, logs = rec + q.loss, dict(rec=rec.detach(), mse=error.mean().detach(), commit=q.loss.detach(), moving=moving.float().mean())
         logs |= {f"error{l}": e for l, e in enumerate(q.errors)}
         if self.cfg.nce:
             nce = info_nce(z.flatten(1).view(*frames.shape[:2], -1), self.cfg.temperature)
             loss, logs["nce"] = loss + self.cfg.nce * nce, nce.detach()
         return loss, logs
+
+    def warm(self, z: Float[Tensor, "n k d"]) -> Quantised:
+        "Before the codebooks start: the vectors themselves, with noise of a tenth of their size in place of rounding."
+        noise = 0.1 * torch.randn_like(z) * z.detach().norm(dim=-1, keepdim=True) / self.dim ** .5
+        return Quantised(torch.zeros(len(z), sum(self.sizes), dtype=torch.long, device=z.device), z + noise, z.new_zeros(()),
+                         z.new_zeros(self.cfg.levels))

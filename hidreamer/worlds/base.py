@@ -86,11 +86,11 @@ class TwoHot(nn.Module):
 
 # %% ../../nbs/40_worlds.base.ipynb #cell-012
 def mlp(sizes: list[int], out_scale: float = 1.) -> nn.Sequential:
-    "Linear layers with RMSNorm and SiLU between them; the last layer's weights are multiplied by `out_scale`."
+    "Linear layers with LayerNorm and SiLU between them; the last layer's weights and biases are multiplied by `out_scale`."
     layers = []
-    for a, b in zip(sizes[:-2], sizes[1:-1]): layers += [nn.Linear(a, b, bias=False), nn.RMSNorm(b), nn.SiLU()]
+    for a, b in zip(sizes[:-2], sizes[1:-1]): layers += [nn.Linear(a, b, bias=False), nn.LayerNorm(b), nn.SiLU()]
     last = nn.Linear(sizes[-2], sizes[-1])
-    with torch.no_grad(): last.weight.mul_(out_scale)
+    with torch.no_grad(): last.weight.mul_(out_scale); last.bias.mul_(out_scale)
     return nn.Sequential(*layers, last)
 
 # %% ../../nbs/40_worlds.base.ipynb #cell-014
