@@ -18,12 +18,15 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8, jaxtyped
 from torch import Tensor, nn
 
-# %% ../nbs/00_core.ipynb #cell-006
+# %% ../nbs/00_core.ipynb #cell-004
+if os.environ.get("IN_TEST"): torch.set_num_threads(1)      # `nbdev_test` runs one notebook per core
+
+# %% ../nbs/00_core.ipynb #cell-007
 AXES = dict(b="batch", t="time (environment steps)", l="level of the hierarchy", k="code position within a level",
             n="tokens or codes, all levels together", d="width of a vector", h="height", w="width of a picture",
             c="colour channel", a="action", e="expert", q="query")
 
-# %% ../nbs/00_core.ipynb #cell-009
+# %% ../nbs/00_core.ipynb #cell-010
 class HidreamerError(Exception):
     "A mistake that the user can mend; its text names the value, the rule it broke and what to do."
 
@@ -37,7 +40,7 @@ def nearest(name: str, known, n: int = 3) -> str:
     hits = difflib.get_close_matches(str(name).lower(), list(by_lower), n=n, cutoff=0.3)
     return ", ".join(by_lower[h] for h in hits) or ", ".join(sorted(map(str, known))[:n])
 
-# %% ../nbs/00_core.ipynb #cell-012
+# %% ../nbs/00_core.ipynb #cell-013
 @dataclass
 class Config:
     "Base of all configs: `check()` validates, `to_dict`/`from_dict` round-trip through JSON."
@@ -65,7 +68,7 @@ class Config:
             out[key] = value
         return cls(**out)
 
-# %% ../nbs/00_core.ipynb #cell-015
+# %% ../nbs/00_core.ipynb #cell-016
 @dataclass
 class Segment:
     "A batch of stretches of experience, each inside one episode."
@@ -94,14 +97,14 @@ class Segment:
         "Slice batch and time: `seg[:4, 2:6]`. Both axes are kept, so use slices, not integers."
         return self.map(lambda x: x[i])
 
-# %% ../nbs/00_core.ipynb #cell-018
+# %% ../nbs/00_core.ipynb #cell-019
 def typed(f):
     "Check `f`'s jaxtyping signature at run time when `HIDREAMER_TYPECHECK=1`; otherwise return `f` untouched."
     if os.environ.get("HIDREAMER_TYPECHECK") != "1": return f
     from beartype import beartype
     return jaxtyped(typechecker=beartype)(f)
 
-# %% ../nbs/00_core.ipynb #cell-021
+# %% ../nbs/00_core.ipynb #cell-022
 def seed_everything(seed: int) -> None:
     "Seed Python, NumPy and PyTorch (all devices)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)

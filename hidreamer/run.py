@@ -310,8 +310,15 @@ def save(self: Run, step: int,                   # environment steps so far
         except HidreamerError as e: raise HidreamerError(f"{e} {self._kept()}") from e   # a replay's own words about a full disk
         finally: shutil.rmtree(tmp, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-        for c in self.checkpoints()[self.keep:]: shutil.rmtree(c.path, ignore_errors=True)
+        self._prune()
     return Checkpoint(final)
+
+@patch
+def _prune(self: Run) -> None:
+    "Delete all but the newest `keep` checkpoints; each gets another name first, so that half of one is never seen."
+    for c in self.checkpoints()[self.keep:]:
+        gone = c.path.with_name(f".tmp-{c.path.name}")
+        shutil.rmtree(gone, ignore_errors=True); os.rename(c.path, gone); shutil.rmtree(gone, ignore_errors=True)
 
 @patch
 def checkpoints(self: Run) -> list[Checkpoint]:
@@ -356,6 +363,7 @@ def _settle(self: Run) -> None:
         last = self.latest()
         for c in self.checkpoints():
             if last and c.step > last.step: os.rename(c.path, home/f"damaged-{c.path.name}-{int(time.time())}")
+        self._prune()
         rows = read_rows(log := self.path/"metrics.jsonl")
         kept = [r for r in rows if last and r["step"] <= last.step]
         text = "".join(json.dumps(r) + "\n" for r in kept).encode()

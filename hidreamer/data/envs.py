@@ -201,18 +201,18 @@ RAM = {"Pong": dict(ball_x=(49, -48.5), ball_y=(54, -12.5), player_y=(51, -5.5),
                         enumerate(("sue", "inky", "pinky", "blinky")) for a, base, off in (("x", 6, -8.5), ("y", 12, 6))})}
 
 def ball_and_paddles(game: str,             # "Pong", "Breakout" or "MsPacman"
-                     ram: np.ndarray        # uint8 (... 128)
+                     memory: np.ndarray     # uint8 (... 128), from `ram`
                     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "Name -> (centre in pixels of the 160x210 screen, is it there): arrays shaped as `ram` without its last axis."
+    "Name -> (centre in pixels of the 160x210 screen, is it there): arrays shaped as `memory` without its last axis."
     check(game in RAM, "game", game, f"has no RAM labels; known are {', '.join(RAM)}")
-    raw = {k: ram[..., a].astype(np.float32) for k, (a, _) in RAM[game].items()}
-    there = np.ones(ram.shape[:-1], bool)
+    raw = {k: memory[..., a].astype(np.float32) for k, (a, _) in RAM[game].items()}
+    there = np.ones(memory.shape[:-1], bool)
     ball = (raw["ball_y"] > 0) & (raw["ball_y"] < (179 if game == "Breakout" else 256)) if "ball_y" in raw else there
     return {k: (raw[k] + off, ball if k.startswith("ball") else there) for k, (_, off) in RAM[game].items()}
 
 # %% ../../nbs/10_data.envs.ipynb #cell-035
-CRAFTER_ACTIONS = ("noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant make_wood_pickaxe "
-    "make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword").split()
+CRAFTER_ACTIONS = ("noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant "
+                   "make_wood_pickaxe make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword").split()
 
 class CrafterEnv(gym.Env):
     "Crafter (Hafner 2021) behind Gymnasium's interface; `info` says which achievements were unlocked so far in the episode."

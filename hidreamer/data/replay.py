@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['FIELDS', 'ReplayConfig', 'reserve', 'Chunk', 'Replay', 'link_or_copy', 'Collector']
 
-# %% ../../nbs/11_data.replay.ipynb #cell-002
+# %% ../../nbs/11_data.replay.ipynb #cell-003
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -20,7 +21,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from ..core import Config, HidreamerError, Segment, check
 
-# %% ../../nbs/11_data.replay.ipynb #cell-003
+# %% ../../nbs/11_data.replay.ipynb #cell-005
 @dataclass
 class ReplayConfig(Config):
     "How much experience is kept."
@@ -30,7 +31,7 @@ class ReplayConfig(Config):
         check(self.capacity >= 1, "capacity", self.capacity, "must be at least 1", "Atari-100k needs 100000.")
         return self
 
-# %% ../../nbs/11_data.replay.ipynb #cell-004
+# %% ../../nbs/11_data.replay.ipynb #cell-007
 FIELDS = dict(frames=torch.uint8, actions=torch.int64, rewards=torch.float32, terminated=torch.bool, first=torch.bool)
 
 def reserve(path: Path) -> None:
@@ -43,17 +44,17 @@ class Chunk:
     def __init__(self, folder: Path, rows: int, num_envs: int, shape: tuple[int, ...], create: bool = True):
         from tensordict import TensorDict           # here and not above: TorchRL takes two seconds to import
         from torchrl.data import LazyMemmapStorage, TensorStorage
+        logging.getLogger("torchrl").setLevel(logging.WARNING)
         self.folder, size = Path(folder), rows * num_envs
         if create:
             row = TensorDict({k: torch.zeros(1, *(shape if k == "frames" else ()), dtype=d) for k, d in FIELDS.items()}, [1])
-            self.storage = LazyMemmapStorage(size, scratch_dir=str(folder))
-            self.storage.set(range(1), row)         # the first row fixes types and shapes, and creates the files
+            LazyMemmapStorage(size, scratch_dir=str(folder)).set(range(1), row)     # the first row fixes the types and creates the files
             for p in self.folder.glob("*.memmap"): reserve(p)
         self.storage = TensorStorage(TensorDict.load_memmap(folder))
         data = self.storage.get(slice(0, size))     # views of the files: writing to them writes to disk
         self.data = {k: data[k].view(num_envs, rows, *data[k].shape[1:]) for k in FIELDS}
 
-# %% ../../nbs/11_data.replay.ipynb #cell-005
+# %% ../../nbs/11_data.replay.ipynb #cell-008
 class Replay:
     """The newest `capacity` steps of `num_envs` environments, on disk. A row is one step of each environment.
 
@@ -64,23 +65,24 @@ class Replay:
         self.num_envs, self.shape, self.keep = num_envs, tuple(shape), capacity // num_envs     # rows kept
         self.chunk_rows = max(1, min(self.keep // 4, max(64, 1024 // num_envs)))
         self.rows, self.chunks = 0, {}                                  # rows ever added; chunk number -> Chunk
-        self.age = np.zeros((num_envs, self.keep), np.int32)            # steps since the episode began, a ring over rows
         self._ends = (None, None)
         self._temporary = tempfile.TemporaryDirectory(prefix="hidreamer-replay-") if path is None else None
         self.path = Path(self._temporary.name if path is None else path)
         self._claim_folder()
+        self.age = np.zeros((num_envs, self.keep), np.int32)            # steps since the episode began, a ring over rows
 
     def _claim_folder(self):
-        try: self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True); there = sorted(p.name for p in self.path.iterdir())
         except OSError as e: raise HidreamerError(f"replay={str(self.path)!r}: cannot be created ({e.strerror}).") from e
-        for p in self.path.iterdir():               # chunks left by a process that was killed; anything else is not ours
-            check(p.name.startswith("chunk-") or p.name == "replay.json", "replay", str(self.path),
-                  f"holds {p.name!r}, which is not part of a replay", "Name an empty folder.")
-        for p in self.path.glob("chunk-*"): shutil.rmtree(p)
+        check("replay.json" not in there, "replay", str(self.path), "holds a saved replay, which would be lost", "Use Replay.load.")
+        strange = [n for n in there if not n.startswith("chunk-")]
+        check(not strange, "replay", str(self.path), f"holds {strange[:3]}, not part of a replay", "Name an empty folder.")
+        for n in there: shutil.rmtree(self.path/n)          # left by a process that was killed
         need = (self.keep + self.chunk_rows) * self.num_envs * (int(np.prod(self.shape)) + 14)
         free = shutil.disk_usage(self.path).free
-        check(need < free, "capacity", self.keep * self.num_envs, f"needs {need / 1e9:.2f} GB of disk in {self.path}, and {free / 1e9:.2f} GB are free",
-              "Free some space or choose a smaller --replay.capacity.")
+        check(need < free, "capacity", self.keep * self.num_envs, f"needs {need / 1e9:.2f} GB of disk in {self.path}, and "
+              f"{free / 1e9:.2f} GB are free", "Free some space or choose a smaller --replay.capacity.")
 
     @property
     def oldest(self) -> int:
@@ -91,7 +93,7 @@ class Replay:
     def capacity(self) -> int: return self.keep * self.num_envs
     def __repr__(self): return f"Replay({len(self):,} of {self.capacity:,} steps, {self.num_envs} environments, {self.path})"
 
-# %% ../../nbs/11_data.replay.ipynb #cell-006
+# %% ../../nbs/11_data.replay.ipynb #cell-009
 @patch
 def _chunk(self: Replay, number: int) -> Chunk:
     "The chunk for writing row `number * chunk_rows`; makes it, and drops those that are too old."
@@ -131,7 +133,7 @@ def _count(self: Replay, first: np.ndarray):
     self.age[:, self.rows % self.keep] = np.where(first, 0, before + 1)
     self.rows += 1
 
-# %% ../../nbs/11_data.replay.ipynb #cell-007
+# %% ../../nbs/11_data.replay.ipynb #cell-011
 @patch
 def _read(self: Replay, env: int, start: int, out: dict[str, Tensor]):
     "Copy rows `start`, `start + 1`, ... of one environment into the tensors of `out` (t ...)."
@@ -166,19 +168,17 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
 
 @patch
 def episodes(self: Replay, whole: bool = True) -> list[Segment]:
-    "Every episode as a segment with b=1, in memory, environment by environment. `whole=False` also gives the cut ones at both ends."
-    out, rows = [], np.arange(self.oldest, self.rows)
+    "Every episode as a segment with b=1, in memory, environment by environment; `whole=False`: also those cut at either end."
+    out = []
     for env in range(self.num_envs):
-        begins = [int(r) for r in rows if self.age[env, r % self.keep] == 0]
-        stops = begins[1:] + [self.rows]
-        if rows.size and (not begins or begins[0] > self.oldest): begins, stops = [self.oldest, *begins], [*begins[:1], *stops] if begins else [self.rows]
-        for a, b in zip(begins, stops):
+        begins = [r for r in range(self.oldest, self.rows) if r == self.oldest or self.age[env, r % self.keep] == 0]
+        for a, b in zip(begins, [*begins[1:], self.rows]):
             seg = self._empty(1, b - a); self._read(env, a, {k: v[0] for k, v in seg.items()})
             complete = bool(seg["first"][0, 0]) and (b < self.rows or bool(seg["terminated"][0, -1]))
             if complete or not whole: out.append(Segment(**seg))
     return out
 
-# %% ../../nbs/11_data.replay.ipynb #cell-008
+# %% ../../nbs/11_data.replay.ipynb #cell-016
 def link_or_copy(src: Path, dst: Path) -> None:
     "The folder `src` again at `dst`, as hard links where the file system can, as copies where it cannot."
     def one(a, b):
@@ -204,15 +204,22 @@ def save(self: Replay, path: str | Path) -> None:
 def _load(cls, path: str | Path, live: str | Path | None = None) -> Replay:
     "The replay that was saved at `path`, going on in the folder `live` (None: temporary). `path` itself is never changed."
     path = Path(path)
+    check(live is None or Path(live).resolve() != path.resolve(), "live", str(live), "must be another folder than the saved replay")
     try: state = json.loads((path/"replay.json").read_text())
     except (OSError, ValueError) as e: raise HidreamerError(f"path={str(path)!r}: holds no intact replay ({e}).") from e
     self = cls(live, state["capacity"], state["num_envs"], tuple(state["shape"]))
     self.chunk_rows = state["chunk_rows"]
-    for p in sorted(path.glob("chunk-*")):
-        number, folder = int(p.name.split("-")[1]), self.path/p.name
-        full = (number + 1) * self.chunk_rows <= state["rows"]
-        (link_or_copy if full else shutil.copytree)(p, folder)
-        self.chunks[number] = Chunk(folder, self.chunk_rows, self.num_envs, self.shape, create=False)
+    try:
+        for p in sorted(path.glob("chunk-*")):
+            number, folder = int(p.name.split("-")[1]), self.path/p.name
+            full = (number + 1) * self.chunk_rows <= state["rows"]
+            (link_or_copy if full else shutil.copytree)(p, folder)
+            self.chunks[number] = Chunk(folder, self.chunk_rows, self.num_envs, self.shape, create=False)
+    except (OSError, shutil.Error, RuntimeError) as e:
+        raise HidreamerError(f"path={str(path)!r}: this replay cannot be restored into {self.path} ({e}).") from e
+    first_row = max(0, state["rows"] - self.keep) // self.chunk_rows
+    missing = [n for n in range(first_row, -(-state["rows"] // self.chunk_rows)) if n not in self.chunks]
+    check(not missing, "path", str(path), f"lacks the chunks {missing[:5]} of its replay", "Use an earlier checkpoint.")
     self.rows = min(self.chunks, default=0) * self.chunk_rows
     while self.rows < state["rows"]:
         number, row = divmod(self.rows, self.chunk_rows)
@@ -220,13 +227,14 @@ def _load(cls, path: str | Path, live: str | Path | None = None) -> Replay:
     return self
 Replay.load = classmethod(_load)
 
-# %% ../../nbs/11_data.replay.ipynb #cell-009
+# %% ../../nbs/11_data.replay.ipynb #cell-017
 class Collector:
     """Steps an environment and writes what happens to a replay.
 
     `frames` (n c h w) and `first` (n,) are what a policy sees next. The last frame of an episode is stored too, as a row with
-    action 0, reward 0 and `terminated` as in the row before: a world needs it as the outcome of the last real action."""
-    def __init__(self, envs: VectorEnv, replay: Replay | None = None, seed: int = 0):
+    action 0, reward 0 and `terminated` as in the row before: a world needs it as the outcome of the last real action.
+    `seed=None` leaves the first reset to the seed given to `make_envs`."""
+    def __init__(self, envs: VectorEnv, replay: Replay | None = None, seed: int | None = None):
         self.envs, self.replay, self.steps = envs, replay, 0        # steps: real ones, resets not counted
         n = envs.num_envs
         self.frames = torch.from_numpy(np.ascontiguousarray(envs.reset(seed=seed)[0]))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'quartiles', 'paired', 'row', 'learn_tokens', 'token_rows', 'bench_tokens', 'attention_rows',
            'bench_attention', 'loop_of_experts', 'learn_layer', 'moe_rows', 'bench_moe', 'random_segment',
-           'bench_imagination', 'bench_train', 'machine', 'memory', 'table', 'bench']
+           'bench_imagination', 'bench_train', 'machine', 'load_average', 'memory', 'table', 'bench']
 
 # %% ../../nbs/61_evaluate.bench.ipynb #cell-003
 import json as js
@@ -181,6 +181,10 @@ def machine(device: torch.device) -> dict:
     return dict(device=device.type, name=name, cores=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__,
                 python=platform.python_version(), precision="bf16" if fast_bf16(device.type) else "fp32")
 
+def load_average() -> float | None:
+    "Processes that wanted a core during the last minute (None where the system does not tell)."
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
 def memory() -> int | None:
     "Largest resident memory of this process so far, in bytes (None where the system does not tell)."
     try: import resource
@@ -191,6 +195,8 @@ def table(report: dict) -> str:
     "A report as lines of text: medians, and in brackets the quartiles."
     m, span = report["machine"], lambda q: f"{q[1]:.4g} ({q[0]:.4g}-{q[2]:.4g})"
     lines = [f"{m['name']}, {m['threads']} threads, torch {m['torch']}, {m['precision']}"]
+    if (m.get("load_before") or 0) > m["cores"] / 2:
+        lines.append(f"Other programs were running (load {m['load_before']}): expect wide quartiles, repeat when idle.")
     for part, rows in report["results"].items():
         lines += ["", part]
         for r in rows:
@@ -211,8 +217,8 @@ def bench(what: str = "all",            # all, or one of tokens, attention, moe,
     "Measure, print and return. Ratios above 1 mean that this library is faster. Raises `HidreamerError` for an unknown part."
     check(what == "all" or what in PARTS, "what", what, f"must be all or one of {', '.join(PARTS)}", f"Nearest: {nearest(what, PARTS)}.")
     device, default = find_device(device), dict(imagination=12., train=6.)
-    torch.manual_seed(0)
+    torch.manual_seed(0); before = load_average()
     results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)}
-    report = dict(machine=machine(device) | dict(peak_memory=memory()), results=results)
+    report = dict(machine=machine(device) | dict(load_before=before, peak_memory=memory()), results=results)
     if not quiet: print(js.dumps(report, indent=1) if json else table(report))
     return report

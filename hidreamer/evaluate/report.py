@@ -51,6 +51,8 @@ def score_verdict(s: dict) -> str:
     elif mine[0] > its[1]: said.append("The intervals are apart: it plays better than chance.")
     elif mine[1] < its[0]: said.append("The intervals are apart the wrong way round: it plays worse than chance.")
     else: said.append("The intervals overlap: these games do not show that it plays better than chance.")
+    if mine and min(len(s["returns"]), len(r.get("returns", s["returns"]))) < 20:
+        said.append("With fewer than 20 games such intervals are too narrow to rely on.")
     hn = s.get("human_normalised")
     if hn is not None: said.append(f"On the published line from random (0%) to human (100%) it stands at {100 * hn:.0f}%.")
     return " ".join(said)

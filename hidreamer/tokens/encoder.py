@@ -26,19 +26,17 @@ class TokenizerConfig(Config):
     blocks: int = 6                             # residual blocks of the encoder (the decoder has half as many)
     levels: int = 3                             # levels of the residual quantiser
     codes: int = 256                            # codes per level
-    commitment: tuple[float, ...] = ()          # cost per level; default (.0005, .005, .05) on a grid, (.05, .25, .60) for one vector a frame
+    commitment: tuple[float, ...] = ()          # cost per level; default (.0005, .005, .05), frame-level (.05, .25, .60)
     ema: float = 0.98                           # decay of the codebooks' running statistics per training batch
-    warm: int = 200                             # first training batches: the decoder sees the encoder's vectors with a little noise, unquantised
-    fits: tuple[int, ...] = (0, 50, 200)        # of the batches after that, those at which k-means on the residuals sets the codebooks anew
-    still: float = 0.02                         # weight of a cell without a moving pixel when codebooks learn (a moving one weighs 1)
-    dead: float = -1.                           # a code used less than this share of an equal share is replaced; default .002, .1 for one vector a frame
+    warm: int = -1                              # first training batches that bypass the quantiser; default 300, frame-level 0
+    fits: tuple[int, ...] = (0, 100)            # of the batches after that, those at which k-means sets the codebooks anew
+    dead: float = 0.05                          # codes used less than this share of an equal share are moved to where the error is
+    balance: float = -1.                        # step towards equal use of all codes, per training batch; default 0, frame-level .02
     dropout: float = 0.3                        # share of training frames that are decoded from a prefix of the levels
     moving_weight: float = 20.                  # extra weight of pixels that differ from the background
+    empty: float = 0.02                         # share of the cells without a moving pixel that codebooks learn from
     backgrounds: int = 1                        # how many backgrounds to keep (as many as games or rooms)
-    residual: bool | None = None                # code only what differs from the background; default: on a grid with one background
-    residual: bool | None = None                # code only what differs from the background; default: on a grid with one background
-    warm: int = -1                              # first training batches that bypass the quantiser; default 300 on a grid, 0 for one vector a frame
-    empty: float = 0.02                         # weight in the codebooks of a vector whose cell holds nothing but background
+    residual: bool | None = None                # code only what differs from the background; default: on a grid, and with several backgrounds
     nce: float = 0.                             # weight of the temporal InfoNCE loss
     temperature: float = 0.1                    # of the temporal InfoNCE loss
     precision: str = "auto"                     # bf16, fp32, or auto: bf16 where the hardware is faster in it
@@ -46,11 +44,12 @@ class TokenizerConfig(Config):
     def __post_init__(self):
         if isinstance(self.grid, list): self.grid = tuple(self.grid)
         one = self.fine == 1
-        if not self.commitment and self.levels > 0:
-            self.commitment = (.05, .25, .60) if one and self.levels == 3 else tuple(.05 * .1 ** (self.levels - 1 - l) for l in range(self.levels))
-        if self.residual is None: self.residual = not one and self.backgrounds == 1
+        if not self.commitment:
+            grid = tuple(.05 * .1 ** (self.levels - 1 - l) for l in range(self.levels))
+            self.commitment = (.05, .25, .60) if one and self.levels == 3 else grid
+        if self.residual is None: self.residual = not one or self.backgrounds > 1
         if self.warm < 0: self.warm = 0 if one else 300
-        if self.dead < 0: self.dead = .1 if one else .002
+        if self.balance < 0: self.balance = .02 if one else 0.
 
     @property
     def grids(self) -> tuple[int, ...]:
@@ -82,10 +81,8 @@ class TokenizerConfig(Config):
         check(len(self.commitment) == self.levels, "commitment", self.commitment, f"needs one cost per level ({self.levels})")
         check(all(c >= 0 for c in self.commitment), "commitment", self.commitment, "must not be negative")
         check(0 in self.fits, "fits", self.fits, "must hold 0: the codebooks start from the first batch")
-        check(not (self.residual and self.backgrounds > 1), "backgrounds", self.backgrounds, "must be 1 where codes hold what differs from the background",
-              "Use residual=False.")
         check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1)")
-        for name in ("dead", "dropout", "empty"):
+        for name in ("dead", "dropout", "empty", "balance"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         for name in ("moving_weight", "nce", "warm"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
@@ -132,14 +129,14 @@ def strides(size: int, grid: int) -> list[int]:
 
 # %% ../../nbs/20_tokens.encoder.ipynb #cell-016
 class Encoder(nn.Module):
-    "Frames to vectors. On a grid, each position sees its own cell and a margin of 1 pixel (10x10 px for 8 of 64)."
+    "Frames to vectors. On a grid each position sees its own cell and nothing else (8x8 pixels for 8 of 64)."
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         steps, width = strides(cfg.size, cfg.fine), 8 * cfg.depth
         outs = [cfg.depth * min(2 ** i, 4) for i in range(len(steps) - 1)] + [width]
         far = cfg.fine == 1                     # one vector must see everything anyway: overlap all convolutions
-        self.shrink = nn.ModuleList(Overlap(a, b) if s == 2 and (i == 0 or far) else Shrink(a, b, s)
-                                    for i, (s, a, b) in enumerate(zip(steps, [cfg.channels] + outs, outs)))
+        self.shrink = nn.ModuleList(Overlap(a, b) if s == 2 and far else Shrink(a, b, s)
+                                    for s, a, b in zip(steps, [cfg.channels] + outs, outs))
         for m in self.shrink:                   # a small object on black must not drown in the biases
             nn.init.kaiming_normal_(m.map.weight, nonlinearity="relu"); nn.init.zeros_(m.map.bias)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(cfg.blocks)))

@@ -9,36 +9,32 @@ __all__ = ['assign', 'totals', 'draw', 'kmeans', 'Quantised', 'HRVQ']
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import reduce, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..core import check
 from .encoder import TokenizerConfig
 
 # %% ../../nbs/21_tokens.hrvq.ipynb #cell-006
-def assign(x: Float[Tensor, "n d"], codebook: Float[Tensor, "e d"]) -> Int[Tensor, "n"]:
-    "Index of the nearest code. argmin |x - c|^2 = argmax x.c - |c|^2 / 2: one matrix product, no distances."
-    return torch.addmm(-0.5 * codebook.square().sum(-1), x, codebook.t()).max(-1).indices     # on a CPU, faster than argmax
+def assign(x: Float[Tensor, "n d"], codebook: Float[Tensor, "e d"], bias: Float[Tensor, "e"] | float = 0.) -> Int[Tensor, "n"]:
+    "Index of the nearest code. argmin |x - c|^2 = argmax x.c - |c|^2 / 2: one matrix product, no distances. `bias` favours codes."
+    return torch.addmm(bias - 0.5 * codebook.square().sum(-1), x, codebook.t()).max(-1).indices     # on a CPU, faster than argmax
 
-def totals(x: Float[Tensor, "n d"], codes: Int[Tensor, "n"], e: int,
-           weight: Float[Tensor, "n"] | None = None) -> tuple[Float[Tensor, "e"], Float[Tensor, "e d"]]:
-    "How many rows chose each code, and the sum of those rows; each row counts `weight` times."
-    count = torch.bincount(codes, weight, minlength=e).float()
-    if weight is not None: x = x * weight[:, None]
-    return count, torch.zeros(e, x.shape[1], device=x.device).index_add_(0, codes, x)
+def totals(x: Float[Tensor, "n d"], codes: Int[Tensor, "n"], e: int) -> tuple[Float[Tensor, "e"], Float[Tensor, "e d"]]:
+    "How many rows chose each code, and the sum of those rows."
+    sums = torch.zeros(e, x.shape[1], device=x.device).index_add_(0, codes, x)
+    return torch.bincount(codes, minlength=e).float(), sums
 
 def draw(weight: Float[Tensor, "n"], number: int) -> Int[Tensor, "m"]:
     "`number` indices, drawn in proportion to `weight` with replacement."
     ends = weight.double().cumsum(0)        # torch.multinomial takes at most 2**24 rows, this takes any number
     return torch.searchsorted(ends, torch.rand(number, device=weight.device, dtype=torch.double) * ends[-1]).clamp(max=len(weight) - 1)
 
-def kmeans(x: Float[Tensor, "n d"], e: int, weight: Float[Tensor, "n"] | None = None, steps: int = 8,
-           limit: int = 16384) -> Float[Tensor, "e d"]:
-    "`e` centres of `x`. Empty clusters move to rows drawn in proportion to their squared error, as in k-means++."
-    if weight is not None: x = x[draw(weight, min(limit, len(x)))]
-    elif len(x) > limit: x = x[torch.randperm(len(x), device=x.device)[:limit]]
+def kmeans(x: Float[Tensor, "n d"], e: int, steps: int = 8, limit: int = 16384) -> Float[Tensor, "e d"]:
+    "`e` centres of (at most `limit` rows of) `x`. Empty clusters move to rows drawn in proportion to their squared error, as in k-means++."
+    if len(x) > limit: x = x[torch.randperm(len(x), device=x.device)[:limit]]
     c = x[torch.randint(len(x), (e,), device=x.device)]
-    for i in range(steps):
+    for _ in range(steps):
         codes = assign(x, c)
         count, total = totals(x, codes, e)
         empty = count == 0
@@ -56,15 +52,18 @@ class Quantised(NamedTuple):
 
 # %% ../../nbs/21_tokens.hrvq.ipynb #cell-012
 class HRVQ(nn.Module):
-    "Residual quantiser with EMA codebooks. Sources: residual VQ of SoundStream (Zeghidour et al. 2021, alg. 1), EMA of VQ-VAE (2017, app. A.1)."
+    """Residual quantiser with EMA codebooks. Sources: SoundStream (Zeghidour et al. 2021), alg. 1 for the residual levels; VQ-VAE
+    (van den Oord et al. 2017), appendix A.1 for the moving averages."""
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
         cfg.check()
         self.cfg, self.grids, self.sizes, self.fine = cfg, cfg.grids, cfg.sizes, cfg.fine
+        self.scale = cfg.dim if cfg.fine == 1 else 1        # vectors of length 1 or of variance 1: errors are relative to their size
         l, e, d = cfg.levels, cfg.codes, cfg.dim
         self.register_buffer("codebooks", torch.randn(l, e, d) / d ** .5)
         self.register_buffer("counts", torch.ones(l, e))            # running number of rows per batch
         self.register_buffer("sums", self.codebooks.clone())        # running sum of rows per batch
+        self.register_buffer("bias", torch.zeros(l, e))             # favours codes that are used too rarely
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
         self.register_buffer("revived", torch.zeros((), dtype=torch.long))
 
@@ -91,7 +90,7 @@ class HRVQ(nn.Module):
             flat = r.reshape(-1, r.shape[-1])
             some = slice(None) if used is None else self.coarse(used.float().unsqueeze(-1), l).flatten() > 0
             if start: self.start(l, flat[some])
-            index = assign(flat, self.codebooks[l])
+            index = assign(flat, self.codebooks[l], self.bias[l])
             q = F.embedding(index, self.codebooks[l])
             if learn: self.learn(l, flat[some], index[some], q[some])
             q = q.view_as(r)
@@ -106,7 +105,7 @@ class HRVQ(nn.Module):
         codes, sums, pairs = self.search(z, learn=self.training, used=used)
         loss, errors, before = 0., [], z.float()
         for l, (s, q, cost) in enumerate(zip(sums, pairs, self.cfg.commitment)):
-            error = (self.coarse(before, l) - q).square().mean()    # q and s carry no gradient: residual = r - q.detach()
+            error = (self.coarse(before, l) - q).square().mean() * self.scale    # q and s carry no gradient: residual = r - q.detach()
             loss, before = loss + cost * error, z.float() - s
             errors.append(error.detach())
         out = sums[-1]
@@ -131,23 +130,27 @@ class HRVQ(nn.Module):
             start += self.sizes[l]
         return out.view(*codes.shape[:-1], self.fine ** 2, -1)
 
-    def start(self, l: int, rows: Float[Tensor, "n d"], weight: Float[Tensor, "n"] | None = None) -> None:
+    def start(self, l: int, rows: Float[Tensor, "n d"]) -> None:
         "At the first batch, and a few more while the encoder takes shape (`cfg.fits`): k-means on the level's residuals."
-        total = float(len(rows) if weight is None else weight.sum())
-        self.codebooks[l] = kmeans(rows, self.cfg.codes, weight)
-        self.counts[l] = total / self.cfg.codes
+        if len(rows) == 0: return
+        self.codebooks[l] = kmeans(rows, self.cfg.codes)
+        self.counts[l] = 4 * max(self.cfg.dead, .01) * len(rows) / self.cfg.codes   # low: what is not used soon is moved
+        self.bias[l] = 0
         self.sums[l] = self.codebooks[l] * self.counts[l][:, None]
 
-    def learn(self, l: int, rows: Float[Tensor, "n d"], index: Int[Tensor, "n"], q: Float[Tensor, "n d"],
-              weight: Float[Tensor, "n"] | None = None) -> None:
+    def learn(self, l: int, rows: Float[Tensor, "n d"], index: Int[Tensor, "n"], q: Float[Tensor, "n d"]) -> None:
         "Move each code towards the mean of the rows that chose it; replace those that hardly any row chooses."
-        count, total = totals(rows, index, self.cfg.codes, weight)
+        if len(rows) == 0: return
+        count, total = totals(rows, index, self.cfg.codes)
         self.counts[l].lerp_(count, 1 - self.cfg.ema); self.sums[l].lerp_(total, 1 - self.cfg.ema)
-        least = self.cfg.dead * float(len(rows) if weight is None else weight.sum()) / self.cfg.codes
+        least = self.cfg.dead * len(rows) / self.cfg.codes
         dead = self.counts[l] < least
         if number := int(dead.sum()):
-            error = (rows - q).square().sum(-1) + 1e-8
             self.counts[l, dead] = share = 2 * least + 1e-3      # a fresh start, but it must soon be used
-            self.sums[l, dead] = share * rows[draw(error if weight is None else error * weight, number)]
+            self.sums[l, dead] = share * rows[draw((rows - q).square().sum(-1) + 1e-8, number)]
+            self.bias[l, dead] = 0
             self.revived += number
+        if self.cfg.balance:
+            step = self.cfg.balance * (rows - q).square().sum(-1).mean()
+            self.bias[l] += step * (1 - self.counts[l] / self.counts[l].mean()).clamp(-1, 1)
         self.codebooks[l] = self.sums[l] / self.counts[l].clamp(min=1e-6)[:, None]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Background', 'info_nce', 'Tokenizer']
 
-# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-002
+# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-003
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -15,15 +15,15 @@ from ..core import autocast, check
 from .encoder import Decoder, Encoder, TokenizerConfig
 from .hrvq import HRVQ, Quantised, kmeans
 
-# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-003
+# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-008
 class Background(nn.Module):
     """Running per-pixel medians of frames: `number` backgrounds, each frame belongs to the nearest. They tell what moves.
 
     A pixel is corrected only where most frames disagree with it: then a right median never trembles, and what is not moving differs
     from it by exactly nothing."""
-    def __init__(self, number: int, channels: int, size: int, rate: float = 0.02, threshold: float = 0.02):
+    def __init__(self, number: int, channels: int, size: int, threshold: float = 0.02):
         super().__init__()
-        self.rate, self.threshold = rate, threshold
+        self.threshold = threshold
         self.register_buffer("frames", torch.zeros(number, channels, size, size))
         self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
 
@@ -33,14 +33,14 @@ class Background(nn.Module):
         return torch.cdist(x[..., ::4, ::4].flatten(1), self.frames[..., ::4, ::4].flatten(1).to(x.dtype)).argmin(1)
 
     @torch.no_grad()
-    def forward(self, x: Float[Tensor, "n c h w"]) -> tuple[Float[Tensor, "n c h w"], Bool[Tensor, "n h w"]]:
-        "The difference of each frame from its background, and where it is large. In training mode the backgrounds learn."
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Bool[Tensor, "n h w"]:
+        "Pixels that differ from their frame's background. In training mode the backgrounds learn first."
+        if self.training and not self.ready: self.start(x)
+        which = self.nearest(x)
         if self.training:
-            if not self.ready: self.start(x)
-            which = self.nearest(x)
             for i in which.unique(): self.learn(i, x[which == i])
-        diff = x - self.frames[0] if len(self.frames) == 1 else x - self.frames[self.nearest(x)]
-        return diff, diff.abs().amax(1) > self.threshold
+        diff = x - (self.frames[0] if len(self.frames) == 1 else self.frames[which])
+        return diff.abs().amax(1) > self.threshold
 
     def learn(self, i: int, x: Float[Tensor, "n c h w"]) -> None:
         "Where most frames differ from the background in the same sense, it is wrong: set it to their median. A right one never jitters."
@@ -56,14 +56,14 @@ class Background(nn.Module):
         for i in range(k): self.frames[i] = (x[which == i] if (which == i).any() else x[torch.randint(len(x), (1,))]).median(0).values
         self.ready.fill_(True)
 
-# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-004
+# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-012
 def info_nce(z: Float[Tensor, "b t d"], temperature: float = 0.1) -> Float[Tensor, ""]:
     "Find the next step's vector among those of the whole batch. Source: CPC (van den Oord et al. 2018), eq. 4, with cosine similarity."
     z = F.normalize(z.float(), dim=-1)
     query, key = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)
     return F.cross_entropy(query @ key.t() / temperature, torch.arange(len(query), device=z.device))
 
-# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-005
+# %% ../../nbs/22_tokens.tokenizer.ipynb #cell-015
 class Tokenizer(nn.Module):
     "Frames to codes and back. Everything it knows, running statistics included, is in its `state_dict`."
     def __init__(self, cfg: TokenizerConfig | None = None):
@@ -71,9 +71,8 @@ class Tokenizer(nn.Module):
         self.cfg = cfg = (cfg or TokenizerConfig()).check()
         self.encoder, self.quantiser, self.decoder = Encoder(cfg), HRVQ(cfg), Decoder(cfg)
         self.background = Background(cfg.backgrounds, cfg.channels, cfg.size)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.sizes, self.codes, self.dim = cfg.sizes, cfg.codes, cfg.dim
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))      # training batches seen
+        self.sizes, self.codes, self.dim = cfg.sizes, cfg.codes, cfg.dim
 
     def half(self, x: Tensor): return autocast(x.device, self.cfg.precision)
 
@@ -84,28 +83,28 @@ class Tokenizer(nn.Module):
         check(frames.dtype == torch.uint8, "frames.dtype", frames.dtype, "must be torch.uint8")
         return frames.flatten(0, 1).contiguous(memory_format=torch.channels_last).float() / 255
 
-    def still(self) -> Tensor | float:
-        "What frames are measured against: the background, or plain grey."
-        return self.background.frames[0] if self.cfg.residual else 0.5
+    def still(self, scene: Int[Tensor, "n"] | None = None) -> Tensor | float:
+        "What frames are measured against: plain grey, or the background (that of `scene`, where there are several)."
+        if not self.cfg.residual: return 0.5
+        if self.cfg.backgrounds == 1: return self.background.frames[0]
+        check(scene is not None, "scene", None, "must say which background each frame has", "Keep tok.scenes(frames) with the codes.")
+        return self.background.frames[scene.flatten()]
+    def shown(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        "What the encoder sees. Differences from the background are small and rare, so they are enlarged."
+        return (x - self.still(self.background.nearest(x))) * (8 if self.cfg.residual else 1)
     def read(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k d"]:
-        "The encoder's output. Differences from the background are small and rare, so they are enlarged."
-        with self.half(x): return self.encoder((8. if self.cfg.residual else 1.) * (x - self.still()))
-    def draw(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
+        "The encoder's output."
+        with self.half(x): return self.encoder(self.shown(x))
+    def draw(self, z: Float[Tensor, "n k d"], scene: Int[Tensor, "n"] | None = None) -> Float[Tensor, "n c h w"]:
         "Frames, roughly in [0, 1] (not clamped, so that the loss has a gradient everywhere)."
-        with self.half(z): return self.decoder(z) + self.still()
-
-    def look(self, x: Float[Tensor, "n c h w"], diff: Float[Tensor, "n c h w"]) -> Tensor:
-        "What the encoder is shown: the enlarged difference from the background, or the frame itself."
-        return 8 * diff if self.cfg.residual else x - 0.5
-    def draw(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
-        "Vectors to pictures, not clamped."
-        with self.half(z): y = self.decoder(z)
-        return y + (self.background.frames[0] if self.cfg.residual else 0.5)
+        with self.half(z): return self.decoder(z) + self.still(scene)
 
     def vectors(self, frames: UInt8[Tensor, "b t c h w"]) -> Float[Tensor, "n k d"]:
         "The encoder's output before quantisation."
-        x = self.prepare(frames)
-        with self.half(x): return self.encoder(self.look(x, x - self.background.frames[0] if self.cfg.residual else x))
+        return self.read(self.prepare(frames))
+    def scenes(self, frames: UInt8[Tensor, "b t c h w"]) -> Int[Tensor, "b t"]:
+        "The background that each frame belongs to. Codes say what differs from it; with one background it is always 0."
+        return self.background.nearest(self.prepare(frames)).view(frames.shape[:2])
 
     @torch.no_grad()
     def encode(self, frames: UInt8[Tensor, "b t c h w"], chunk: int = 256) -> Int[Tensor, "b t n"]:
@@ -115,9 +114,10 @@ class Tokenizer(nn.Module):
         return rearrange(torch.cat(codes), "(b t) n -> b t n", b=len(frames))
 
     @torch.no_grad()
-    def decode(self, codes: Int[Tensor, "b t n"], levels: int | None = None) -> Float[Tensor, "b t c h w"]:
-        "Frames in [0, 1], drawn from the first `levels` levels (all by default)."
-        x = self.draw(self.quantiser.decode(codes.flatten(0, 1), levels))
+    def decode(self, codes: Int[Tensor, "b t n"], levels: int | None = None,
+               scene: Int[Tensor, "b t"] | None = None) -> Float[Tensor, "b t c h w"]:
+        "Frames in [0, 1], drawn from the first `levels` levels (all by default); `scene` is needed with several backgrounds only."
+        x = self.draw(self.quantiser.decode(codes.flatten(0, 1), levels), scene)
         return rearrange(x.clamp(0, 1), "(b t) c h w -> b t c h w", b=len(codes))
 
     def embed(self, codes: Int[Tensor, "... n"], levels: int | None = None) -> Float[Tensor, "... k d"]:
@@ -127,28 +127,21 @@ class Tokenizer(nn.Module):
     def used(self, moving: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n k"]:
         "Vectors from which the codebooks learn: those that see something move, and a share `empty` of the others."
         cell = self.cfg.size // self.cfg.fine
-        seen = F.max_pool2d(F.pad(moving.float(), (1,) * 4).unsqueeze(1), cell + 2, cell).flatten(1) > 0
+        seen = F.max_pool2d(moving.float().unsqueeze(1), cell).flatten(1) > 0
         return seen | (torch.rand(seen.shape, device=seen.device) < self.cfg.empty)
-
-    def weights(self, moving: Bool[Tensor, "n h w"]) -> Float[Tensor, "n k"]:
-        "How much each cell counts when codebooks learn: 1 if it sees a moving pixel, else `cfg.still`."
-        side = self.cfg.size // self.cfg.fine
-        seen = F.max_pool2d(F.pad(moving.float()[:, None], (1,) * 4), side + 2, side)
-        return seen.flatten(1) * (1 - self.cfg.still) + self.cfg.still
 
     def loss(self, frames: UInt8[Tensor, "b t c h w"]) -> tuple[Tensor, dict[str, Tensor]]:
         "Weighted reconstruction + commitment (+ temporal InfoNCE). In training mode codebooks and backgrounds learn too."
         x = self.prepare(frames)
-        diff, moving = self.background(x)
-        seen = self.look(x, diff)
+        moving = self.background(x)
         if self.training:
             with self.half(x):
-                if self.steps == 0: self.encoder.calibrate(seen)
-            self.steps += 1
-        with self.half(x): z = self.encoder(seen)
-        if self.training and self.steps <= self.cfg.warm: q = self.warm(z)
-        else: q = self.quantiser(z, None if self.cfg.fine == 1 else self.weights(moving))
-        error = (self.draw(q.z) - x).square().mean(1)
+                if self.batches == 0: self.encoder.calibrate(self.shown(x))
+            self.batches += 1
+        z = self.read(x)
+        if self.training and self.batches <= self.cfg.warm: q = self.warm(z)
+        else: q = self.quantiser(z, None if self.cfg.fine == 1 else self.used(moving))
+        error = (self.draw(q.z, self.background.nearest(x)) - x).square().mean(1)
         rec = 10 * (error * (1 + self.cfg.moving_weight * moving)).mean()
         loss, logs = rec + q.loss, dict(rec=rec.detach(), mse=error.mean().detach(), commit=q.loss.detach(), moving=moving.float().mean())
         logs |= {f"error{l}": e for l, e in enumerate(q.errors)}
