@@ -107,10 +107,10 @@ def cpu() -> TrainConfig:
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
     tokens = TokenizerConfig()
-    net = TransformerConfig(width=320, layers=5, heads=5, experts=(1, 1, 2, 4, 4), context=32)
+    net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32)
     return TrainConfig(preset="atari100k", steps=100_000, random_steps=5_000, warm_up=10_000, batch=32, length=32,
                        replay_ratio=64., dream_ratio=256., dream_batch=1024, dream_context=16, lr=3e-4, tokens_lr=1e-3, episodes=100, save_every=10_000,
-                       model=HiDreamerConfig(tokens=tokens, transformer=net, code_dim=48, head_width=96, head_blocks=3))
+                       model=HiDreamerConfig(tokens=tokens, transformer=net, head_width=96, head_blocks=3))
 
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."

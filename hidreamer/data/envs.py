@@ -187,13 +187,6 @@ def ram(envs: VectorEnv) -> np.ndarray:
     return np.stack([e.ram for e in subs])
 
 # %% ../../nbs/10_data.envs.ipynb #cell-029
-def ram(envs: VectorEnv) -> np.ndarray:
-    "The consoles' memory, uint8 (n, 128), at the frames last seen. Raises `HidreamerError` unless made with `labels=True`."
-    subs = getattr(envs.unwrapped, "envs", None)
-    check(bool(subs) and isinstance(subs[0], LabelEnv), "envs", str(envs), "do not show their memory",
-          "Make them with make_envs(name, n, labels=True).")
-    return np.stack([e.ram for e in subs])
-
 #: Per game, name -> (address, what to add for the centre in pixels of the 160x210 screen). Addresses: Anand et al. 2019.
 RAM = {"Pong": dict(ball_x=(49, -48.5), ball_y=(54, -12.5), player_y=(51, -5.5), enemy_y=(50, -7.5)),
        "Breakout": dict(ball_x=(99, -48.5), ball_y=(101, 10.5), paddle_x=(72, -39.5)),

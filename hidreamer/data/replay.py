@@ -34,10 +34,10 @@ class ReplayConfig(Config):
 # %% ../../nbs/11_data.replay.ipynb #cell-007
 FIELDS = dict(frames=torch.uint8, actions=torch.int64, rewards=torch.float32, terminated=torch.bool, first=torch.bool)
 
-def reserve(path: Path) -> None:
-    "Take the disk space now: writing to a memory-mapped file on a full disk kills the process without an exception."
+def reserve(path: Path, size: int) -> None:
+    "Take `size` bytes of disk now: writing to a memory-mapped file on a full disk kills the process without an exception."
     if hasattr(os, "posix_fallocate"):
-        with open(path, "r+b") as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        with open(path, "ab") as f: os.posix_fallocate(f.fileno(), 0, size)
 
 class Chunk:
     "`rows` consecutive steps of `num_envs` environments: one TorchRL storage of memory-mapped files in `folder`."
@@ -48,8 +48,9 @@ class Chunk:
         self.folder, size = Path(folder), rows * num_envs
         if create:
             row = TensorDict({k: torch.zeros(1, *(shape if k == "frames" else ()), dtype=d) for k, d in FIELDS.items()}, [1])
+            self.folder.mkdir(); reserve(room := self.folder/"room", size * row.bytes() + 2**16); room.unlink()
             LazyMemmapStorage(size, scratch_dir=str(folder)).set(range(1), row)     # the first row fixes the types and creates the files
-            for p in self.folder.glob("*.memmap"): reserve(p)
+            for p in self.folder.glob("*.memmap"): reserve(p, p.stat().st_size)
         self.storage = TensorStorage(TensorDict.load_memmap(folder))
         data = self.storage.get(slice(0, size))     # views of the files: writing to them writes to disk
         self.data = {k: data[k].view(num_envs, rows, *data[k].shape[1:]) for k in FIELDS}

@@ -7,12 +7,11 @@ __all__ = ['by_level', 'usage', 'perplexity', 'psnr', 'psnr_by_level', 'cosine_b
            'temporal_ratio', 'shared_codes', 'random_codes', 'Ridge', 'r2', 'linear_probe']
 
 # %% ../../nbs/61_evaluate.tokens.ipynb #cell-002
-import numpy as np
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from ..core import check, typed
+from ..core import typed
 from ..tokens.tokenizer import Tokenizer
 
 # %% ../../nbs/61_evaluate.tokens.ipynb #cell-003
@@ -38,13 +37,20 @@ def psnr(x: Float[Tensor, "... c h w"], y: Float[Tensor, "... c h w"]) -> Float[
     return -10 * (x - y).square().mean().clamp(min=1e-10).log10()
 
 @torch.no_grad()
-def psnr_by_level(tok: Tokenizer, frames: UInt8[Tensor, "b t c h w"], chunk: int = 32) -> Float[Tensor, "l"]:
-    "PSNR of pictures drawn from the first 1, 2, ... levels."
-    mse = torch.zeros(len(tok.sizes))
-    for x in frames.flatten(0, 1)[None].split(chunk * 8, 1):
-        codes, real = tok.encode(x), x.float() / 255
-        for l in range(len(tok.sizes)): mse[l] += (tok.decode(codes, l + 1) - real).square().sum().cpu()
-    return -10 * (mse / frames.numel()).clamp(min=1e-10).log10()
+def psnr_by_level(tok: Tokenizer, frames: UInt8[Tensor, "b t c h w"], chunk: int = 256) -> dict[str, Float[Tensor, "m"]]:
+    """PSNR of pictures drawn from no code at all (grey or the background: the baseline), then from the first 1, 2, ... levels: over `all`
+    pixels, and over the `moving` ones that differ from the background by more than the tokenizer's threshold."""
+    total, count = torch.zeros(2, len(tok.sizes) + 1), torch.zeros(2)
+    for x in frames.flatten(0, 1)[None].split(chunk, 1):
+        scene, codes, real = tok.scenes(x), tok.encode(x), x.float() / 255
+        moving = (real[0] - tok.background.frames[scene[0]]).abs().amax(1) > tok.background.threshold
+        nothing = tok.still(scene) + torch.zeros_like(real)
+        for l, y in enumerate([nothing] + [tok.decode(codes, l + 1, scene) for l in range(len(tok.sizes))]):
+            error = (y - real)[0].square().mean(1)
+            total[0, l] += error.sum().cpu(); total[1, l] += error[moving].sum().cpu()
+        count += torch.tensor([moving.numel(), moving.sum().item()])
+    out = -10 * (total / count[:, None].clamp(min=1)).clamp(min=1e-10).log10()
+    return dict(all=out[0], moving=out[1])
 
 @torch.no_grad()
 def cosine_by_level(tok: Tokenizer, frames: UInt8[Tensor, "b t c h w"], chunk: int = 256) -> Float[Tensor, "l"]:
@@ -110,8 +116,8 @@ class Ridge:
         x = (x - self.mean) / self.std
         self.gram, self.cross = x.t() @ x / len(x), x.t() @ (y - self.shift) / len(x)
     def fit(self, penalty: float) -> "Ridge":
-        a = self.gram.clone(); a.diagonal().add_(penalty)
-        self.weight = torch.cholesky_solve(self.cross[:, None], torch.linalg.cholesky(a))[:, 0] / self.std
+        a = self.gram.double(); a.diagonal().add_(penalty)
+        self.weight = torch.cholesky_solve(self.cross[:, None].double(), torch.linalg.cholesky(a))[:, 0].float() / self.std
         return self
     def __call__(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n"]: return (x - self.mean) @ self.weight + self.shift
 
@@ -121,7 +127,7 @@ def r2(y: Float[Tensor, "n"], guess: Float[Tensor, "n"]) -> float:
     return 1 - ((y - guess).square().sum() / (y - y.mean()).square().sum().clamp(min=1e-12)).item()
 
 def linear_probe(x: Float[Tensor, "n d"], y: Float[Tensor, "n"], train: Bool[Tensor, "n"], valid: Bool[Tensor, "n"],
-                 test: Bool[Tensor, "n"], penalties: tuple = (1e-4, 1e-3, 1e-2, 1e-1)) -> float:
+                 test: Bool[Tensor, "n"], penalties: tuple = (1e-3, 1e-2, 1e-1, 1.)) -> float:
     "R2 on `test` of a ridge regression on `train`; `valid` chooses the penalty. The three must be different episodes."
     ridge = Ridge(x[train], y[train])
     best = max(penalties, key=lambda p: r2(y[valid], ridge.fit(p)(x[valid])))

@@ -36,7 +36,7 @@ class TokenizerConfig(Config):
     moving_weight: float = 20.                  # extra weight of pixels that differ from the background
     empty: float = 0.02                         # share of the cells without a moving pixel that codebooks learn from
     backgrounds: int = 1                        # how many backgrounds to keep (as many as games or rooms)
-    residual: bool | None = None                # code only what differs from the background; default: on a grid, and with several backgrounds
+    residual: bool | None = None                # code what differs from the background; default: unless frame-level with one background
     nce: float = 0.                             # weight of the temporal InfoNCE loss
     temperature: float = 0.1                    # of the temporal InfoNCE loss
     precision: str = "auto"                     # bf16, fp32, or auto: bf16 where the hardware is faster in it

@@ -30,10 +30,15 @@ def draw(weight: Float[Tensor, "n"], number: int) -> Int[Tensor, "m"]:
     ends = weight.double().cumsum(0)        # torch.multinomial takes at most 2**24 rows, this takes any number
     return torch.searchsorted(ends, torch.rand(number, device=weight.device, dtype=torch.double) * ends[-1]).clamp(max=len(weight) - 1)
 
-def kmeans(x: Float[Tensor, "n d"], e: int, steps: int = 8, limit: int = 16384) -> Float[Tensor, "e d"]:
-    "`e` centres of (at most `limit` rows of) `x`. Empty clusters move to rows drawn in proportion to their squared error, as in k-means++."
+def kmeans(x: Float[Tensor, "n d"], e: int, steps: int = 5, limit: int = 16384) -> Float[Tensor, "e d"]:
+    """`e` centres of (at most `limit` rows of) `x`. They start as in k-means++ (Arthur & Vassilvitskii 2007): rows drawn in proportion to
+    their squared distance from the centres so far, here 1/32 of the centres at a time. Clusters that empty later restart likewise."""
     if len(x) > limit: x = x[torch.randperm(len(x), device=x.device)[:limit]]
-    c = x[torch.randint(len(x), (e,), device=x.device)]
+    c, far = x[:0], torch.ones(len(x), device=x.device)
+    while len(c) < e:
+        new = x[draw(far + 1e-8, min(max(e // 32, 1), e - len(c)))]
+        far = torch.cdist(x, new).square().amin(1).minimum(far) if len(c) else torch.cdist(x, new).square().amin(1)
+        c = torch.cat([c, new])
     for _ in range(steps):
         codes = assign(x, c)
         count, total = totals(x, codes, e)
@@ -58,7 +63,6 @@ class HRVQ(nn.Module):
         super().__init__()
         cfg.check()
         self.cfg, self.grids, self.sizes, self.fine = cfg, cfg.grids, cfg.sizes, cfg.fine
-        self.scale = cfg.dim if cfg.fine == 1 else 1        # vectors of length 1 or of variance 1: errors are relative to their size
         l, e, d = cfg.levels, cfg.codes, cfg.dim
         self.register_buffer("codebooks", torch.randn(l, e, d) / d ** .5)
         self.register_buffer("counts", torch.ones(l, e))            # running number of rows per batch
@@ -105,7 +109,7 @@ class HRVQ(nn.Module):
         codes, sums, pairs = self.search(z, learn=self.training, used=used)
         loss, errors, before = 0., [], z.float()
         for l, (s, q, cost) in enumerate(zip(sums, pairs, self.cfg.commitment)):
-            error = (self.coarse(before, l) - q).square().mean() * self.scale    # q and s carry no gradient: residual = r - q.detach()
+            error = (self.coarse(before, l) - q).square().mean()    # q and s carry no gradient: residual = r - q.detach()
             loss, before = loss + cost * error, z.float() - s
             errors.append(error.detach())
         out = sums[-1]

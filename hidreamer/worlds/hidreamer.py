@@ -80,7 +80,7 @@ class CodeHead(nn.Module):
         self.inp = nn.Linear(2 * cfg.code_dim + cfg.place_dim, d)
         self.position = nn.Parameter(torch.randn(self.fine, self.fine, d) * .02)
         self.trunk = nn.Sequential(*(LocalBlock(d) for _ in range(cfg.head_blocks)))
-        self.finer = nn.ModuleList(nn.Linear(cfg.code_dim, d) for _ in t.grids)
+        self.finer = nn.ModuleList(nn.Linear(cfg.code_dim, d) for _ in t.grids[1:])
         self.level = nn.ModuleList(LocalBlock(d) for _ in t.grids)
         self.norm = nn.ModuleList(nn.LayerNorm(d) for _ in t.grids)
         self.out = nn.ModuleList(CodeTable(t.codes, t.dim, d) for _ in t.grids)
@@ -96,7 +96,7 @@ class CodeHead(nn.Module):
     def logits(self, l: int, x: Float[Tensor, "n h w d"], coarser: Float[Tensor, "n k e"] | None,
                codebook: Float[Tensor, "c e"]) -> Float[Tensor, "n k c"]:
         "Logits of level `l`, given the sum of the next frame's embeddings of the levels above."
-        if coarser is not None: x = x + self.finer[l](coarser.to(x.dtype)).view(x.shape)
+        if coarser is not None: x = x + self.finer[l - 1](coarser.to(x.dtype)).view(x.shape)
         x = self.level[l](x)
         if (g := self.grids[l]) < self.fine: x = x.unflatten(2, (g, -1)).unflatten(1, (g, -1)).mean((2, 4))
         return F.linear(self.norm[l](x), self.out[l](codebook), self.bias[l]).flatten(1, 2)
