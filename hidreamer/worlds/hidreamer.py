@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from ..core import Config, Segment, autocast, check
+from ..core import Config, Segment, check
 from ..nets.transformer import Cache, Transformer, TransformerConfig
 from ..tokens.tokenizer import Tokenizer, TokenizerConfig
 from .base import Step, TwoHot, WorldModel, mlp
