@@ -6,7 +6,7 @@
 __all__ = ['by_level', 'usage', 'perplexity', 'psnr', 'psnr_by_level', 'cosine_by_level', 'persistence', 'diversity',
            'temporal_ratio', 'shared_codes', 'random_codes', 'Ridge', 'r2', 'linear_probe']
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-002
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-003
 import torch
 from einops import reduce
 from jaxtyping import Bool, Float, Int, UInt8
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core import typed
 from ..tokens.tokenizer import Tokenizer
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-003
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-006
 def by_level(codes: Int[Tensor, "... s"], sizes: tuple[int, ...]) -> tuple[Tensor, ...]:
     "Level-major codes, one tensor (... k) per level."
     return codes.split(list(sizes), -1)
@@ -30,7 +30,7 @@ def perplexity(codes: Int[Tensor, "... s"], sizes: tuple[int, ...], e: int) -> F
     p = [torch.bincount(c.flatten(), minlength=e).double() / c.numel() for c in by_level(codes, sizes)]
     return torch.stack([torch.special.entr(x).sum().exp() for x in p]).float()
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-004
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-009
 @typed
 def psnr(x: Float[Tensor, "... c h w"], y: Float[Tensor, "... c h w"]) -> Float[Tensor, ""]:
     "Peak signal-to-noise ratio in dB of pictures in [0, 1], from the mean squared error over all of them."
@@ -62,7 +62,7 @@ def cosine_by_level(tok: Tokenizer, frames: UInt8[Tensor, "b t c h w"], chunk: i
             total[l] += torch.cosine_similarity(z, tok.embed(codes, l + 1), dim=-1).sum().cpu()
     return total / n
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-005
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-012
 @typed
 def persistence(codes: Int[Tensor, "b t s"], sizes: tuple[int, ...],
                 frames: UInt8[Tensor, "b t c h w"],
@@ -90,7 +90,7 @@ def temporal_ratio(z: Float[Tensor, "b t d"], valid: Bool[Tensor, "b u"] | None 
     step = (z[:, 1:] - z[:, :-1]).norm(dim=-1)
     return (step if valid is None else step[valid]).mean() / diversity(z.flatten(0, 1))
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-006
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-017
 @typed
 def shared_codes(games: dict[str, Int[Tensor, "n"]],    # codes of one level, one tensor of frames per game
                  e: int,                                # how many codes there are
@@ -108,7 +108,7 @@ def random_codes(games: dict[str, Tensor], e: int, seed: int = 0) -> dict[str, T
     g = torch.Generator().manual_seed(seed)
     return {k: torch.randint(e, (len(c),), generator=g) for k, c in games.items()}
 
-# %% ../../nbs/61_evaluate.tokens.ipynb #cell-007
+# %% ../../nbs/61_evaluate.tokens.ipynb #cell-020
 class Ridge:
     "Linear regression with an L2 penalty; the Gram matrix is kept, so that several penalties cost one pass. Columns are standardised."
     def __init__(self, x: Float[Tensor, "n d"], y: Float[Tensor, "n"]):

@@ -164,4 +164,6 @@ def main(arguments: list[str] | None = None) -> None:
     _, result = study(a.game, a.form, a.minutes, a.frames, a.seed, **json.loads(a.config))
     a.out.write_text(json.dumps(dict(provenance=provenance(arguments, a.seed), **result), indent=1))
 
+# %% ../../nbs/70_studies.tokens.ipynb #cell-008
+#| eval: false
 if __name__ == "__main__": main()
