@@ -64,13 +64,19 @@ FORMS = dict(spatial=dict(grid=8, depth=16, blocks=2), multiscale=dict(grid=(2, 
              frame=dict(grid=1, depth=16, blocks=2, nce=.1, residual=True))
 
 def fit(cfg: TokenizerConfig, data: list[Data], minutes: float, seed: int, batch: int = 128, lr: float = 4e-3) -> tuple[Tokenizer, dict]:
-    "Train for `minutes` of processor time of one thread; equal shares of all games; stretches of 8 frames if the config has InfoNCE."
+    """Train for `minutes` of processor time; equal shares of all games; stretches of 8 frames if the config has InfoNCE.
+    The frame-level form has few vectors per batch: after 60% of the time its encoder stands still and its codebooks start anew on many."""
     seed_everything(seed)
-    tok, n, begin, length = Tokenizer(cfg), 0, time.process_time(), 8 if cfg.nce else 1
+    tok, n, begin, length, settled = Tokenizer(cfg), 0, time.process_time(), 8 if cfg.nce else 1, cfg.fine > 1
     opt = torch.optim.AdamW(tok.parameters(), lr, weight_decay=0.)
+    batch_of = lambda size: torch.cat([d.sample(size // length // len(data), length) for d in data])
     while (spent := (time.process_time() - begin) / 60) < minutes:
+        if not settled and spent > .6 * minutes:
+            tok.encoder.requires_grad_(False); tok.quantiser.updates.zero_()
+            with torch.no_grad(): tok.loss(batch_of(6144))
+            settled = True
         for g in opt.param_groups: g["lr"] = lr * min(1, n / 50) * max(.02, 1 - spent / minutes)
-        loss, logs = tok.loss(torch.cat([d.sample(batch // length // len(data), length) for d in data]))
+        loss, logs = tok.loss(batch_of(batch))
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(tok.parameters(), 1.); opt.step(); n += 1
         if n % 200 == 0: print(f"{spent:.1f} of {minutes} min", {k: round(v.item(), 5) for k, v in logs.items()}, file=sys.stderr, flush=True)
     return tok.eval(), dict(updates=n, frames_per_update=batch, minutes=minutes)

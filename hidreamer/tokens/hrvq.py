@@ -156,5 +156,5 @@ class HRVQ(nn.Module):
             self.revived += number
         if self.cfg.balance:
             step = self.cfg.balance * (rows - q).square().sum(-1).mean()
-            self.bias[l] += step * (1 - self.counts[l] / self.counts[l].mean()).clamp(-1, 1)
+            self.bias[l] += step * (1 - count / count.mean()).clamp(-1, 1)
         self.codebooks[l] = self.sums[l] / self.counts[l].clamp(min=1e-6)[:, None]
