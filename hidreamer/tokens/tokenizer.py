@@ -57,11 +57,14 @@ class Background(nn.Module):
         self.ready.fill_(True)
 
 # %% ../../nbs/22_tokens.tokenizer.ipynb #cell-012
-def info_nce(z: Float[Tensor, "b t d"], temperature: float = 0.1) -> Float[Tensor, ""]:
-    "Find the next step's vector among those of the whole batch. Source: CPC (van den Oord et al. 2018), eq. 4, with cosine similarity."
+def info_nce(z: Float[Tensor, "b t d"], temperature: float = 0.1, scene: Int[Tensor, "b t"] | None = None) -> Float[Tensor, ""]:
+    """Find the next step's vector among those of the whole batch, or of its own scene: telling two games apart is no merit.
+    Source: CPC (van den Oord et al. 2018), eq. 4, with cosine similarity."""
     z = F.normalize(z.float(), dim=-1)
     query, key = z[:, :-1].flatten(0, 1), z[:, 1:].flatten(0, 1)
-    return F.cross_entropy(query @ key.t() / temperature, torch.arange(len(query), device=z.device))
+    logits = query @ key.t() / temperature
+    if scene is not None: logits = logits.masked_fill(scene[:, :-1].flatten()[:, None] != scene[:, 1:].flatten(), -1e4)
+    return F.cross_entropy(logits, torch.arange(len(query), device=z.device))
 
 # %% ../../nbs/22_tokens.tokenizer.ipynb #cell-015
 class Tokenizer(nn.Module):
@@ -146,7 +149,8 @@ class Tokenizer(nn.Module):
         loss, logs = rec + q.loss, dict(rec=rec.detach(), mse=error.mean().detach(), commit=q.loss.detach(), moving=moving.float().mean())
         logs |= {f"error{l}": e for l, e in enumerate(q.errors)}
         if self.cfg.nce:
-            nce = info_nce(z.flatten(1).view(*frames.shape[:2], -1), self.cfg.temperature)
+            scene = self.background.nearest(x).view(frames.shape[:2])[:, :1].expand(frames.shape[:2])     # a stretch has one scene
+            nce = info_nce(z.flatten(1).view(*frames.shape[:2], -1), self.cfg.temperature, scene)
             loss, logs["nce"] = loss + self.cfg.nce * nce, nce.detach()
         return loss, logs
 
