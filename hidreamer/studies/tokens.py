@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'episodes_of', 'Data', 'fit', 'probe', 'r2_interval', 'measure', 'provenance', 'study', 'main']
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-002
+# %% ../../nbs/70_studies.tokens.ipynb #cell-003
 import argparse
 import json
 import os
@@ -24,7 +24,7 @@ from ..evaluate.tokens import (Ridge, by_level, cosine_by_level, diversity, perp
 from ..tokens.encoder import TokenizerConfig
 from ..tokens.tokenizer import Tokenizer
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-003
+# %% ../../nbs/70_studies.tokens.ipynb #cell-006
 def episodes_of(game: str, frames: int, seed: int, num_envs: int = 8, longest: int = 1500) -> list[tuple[np.ndarray, np.ndarray]]:
     "Random play: (frames (t c h w), console memory (t 128)) per episode, at least `frames` in all; episodes are cut at `longest` steps."
     envs, rng = make_envs(game, num_envs, seed, labels=True), np.random.default_rng(seed)
@@ -59,7 +59,7 @@ class Data:
         start = ok[torch.randint(len(ok), (batch,))]
         return self.frames[start[:, None] + torch.arange(time)]
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-004
+# %% ../../nbs/70_studies.tokens.ipynb #cell-009
 FORMS = dict(spatial=dict(grid=8, depth=16, blocks=2), multiscale=dict(grid=(2, 4, 8), depth=16, blocks=2),
              frame=dict(grid=1, depth=16, blocks=2, nce=.1, residual=True))
 
@@ -81,7 +81,7 @@ def fit(cfg: TokenizerConfig, data: list[Data], minutes: float, seed: int, batch
         if n % 200 == 0: print(f"{spent:.1f} of {minutes} min", {k: round(v.item(), 5) for k, v in logs.items()}, file=sys.stderr, flush=True)
     return tok.eval(), dict(updates=n, frames_per_update=batch, minutes=minutes)
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-005
+# %% ../../nbs/70_studies.tokens.ipynb #cell-011
 def probe(tok: Tokenizer, d: Data, codes: Tensor, seed: int, rows: int = 12_000) -> dict:
     "Ridge regression from the vectors of the first levels to the console's memory: R2 on test episodes, with a 95% interval."
     labels = {k: (torch.from_numpy(v), torch.from_numpy(m)) for k, (v, m) in ball_and_paddles(d.game, d.ram).items()}
@@ -110,7 +110,7 @@ def r2_interval(y: Tensor, guess: Tensor, episode: Tensor, seed: int, draws: int
     low, high = torch.quantile(1 - err / (ss - s * s / n), torch.tensor([.025, .975], dtype=sums.dtype)).tolist()
     return low, high
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-006
+# %% ../../nbs/70_studies.tokens.ipynb #cell-012
 def measure(tok: Tokenizer, data: list[Data], seed: int, most: int = 8000) -> dict:
     "Everything the chapter on tokens defines, on test episodes."
     out, e, sizes, coded = dict(games={}), tok.codes, tok.sizes, {}
@@ -146,7 +146,7 @@ def provenance(arguments: list[str], seed: int) -> dict:
                 torch=torch.__version__, cpu=cpu[0] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 date=time.strftime("%Y-%m-%d"), interval="95% bootstrap over test episodes, training seed fixed")
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-007
+# %% ../../nbs/70_studies.tokens.ipynb #cell-014
 def study(games: list[str], form: str = "spatial", minutes: float = 4., frames: int = 20_000, seed: int = 0, **config) -> tuple[Tokenizer, dict]:
     "Play at random, train one tokenizer of this form, measure it on held-out episodes."
     check(form in FORMS, "form", form, f"must be one of {', '.join(FORMS)}")
@@ -170,6 +170,6 @@ def main(arguments: list[str] | None = None) -> None:
     _, result = study(a.game, a.form, a.minutes, a.frames, a.seed, **json.loads(a.config))
     a.out.write_text(json.dumps(dict(provenance=provenance(arguments, a.seed), **result), indent=1))
 
-# %% ../../nbs/70_studies.tokens.ipynb #cell-008
+# %% ../../nbs/70_studies.tokens.ipynb #cell-015
 #| eval: false
 if __name__ == "__main__": main()
