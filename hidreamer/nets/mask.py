@@ -55,15 +55,15 @@ def hierarchical_mask(slots: tuple[int, ...],       # tokens of each level in a 
 # %% ../../nbs/30_nets.mask.ipynb #cell-020
 @lru_cache(maxsize=256)
 def _blocks(slots, steps, rule, context, size, device, dtype):
-    "For every block of `size` steps: own tokens [i, e), remembered past tokens [lo, hi), biases of past and of own scores."
-    mask, s, keep, out = hierarchical_mask(slots, steps, rule, context), sum(slots) + 1, remembered(slots, rule), []
-    def bias(seen):
-        if seen.all(): return None
-        return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
+    "For each block: its own tokens, its remembered past ones (both as from, to), and what to add to the scores of past + own."
+    s, keep, out = sum(slots) + 1, remembered(slots, rule), []
+    mask = hierarchical_mask(slots, steps, rule, context)
     for i in range(0, steps, size):
         e, lo = min(steps, i + size), max(0, i - context + 1) if context else 0
         m = mask[i * s:e * s].unflatten(1, (steps, s))
-        out.append((i * s, e * s, lo * len(keep), i * len(keep), bias(m[:, lo:i, keep].flatten(1)), bias(m[:, i:e].flatten(1))))
+        seen = torch.cat([m[:, lo:i, keep].flatten(1), m[:, i:e].flatten(1)], 1)
+        bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
+        out.append((i * s, e * s, lo * len(keep), i * len(keep), bias))
     return out
 
 def _kept(x, steps, slots, r):
@@ -73,7 +73,7 @@ def _kept(x, steps, slots, r):
 
 # %% ../../nbs/30_nets.mask.ipynb #cell-021
 class _Blocked(torch.autograd.Function):
-    "Attention block by block: own tokens and remembered past ones, one softmax over both. Scores are kept for the gradient."
+    "Attention block by block, over remembered past tokens and own ones together. The weights are kept for the gradient."
     @staticmethod
     def forward(ctx, q, k, v, slots, steps, rule, context, size):
         b, h, n, d = ctx.dims = q.shape
@@ -82,16 +82,10 @@ class _Blocked(torch.autograd.Function):
         q, k, v = (q * d ** -.5).reshape(b * h, n, d), k.reshape(b * h, n, d), v.reshape(b * h, n, d)
         kp, vp = (_kept(x, steps, slots, ctx.keep) for x in (k, v))
         out, weights = torch.empty_like(q), []
-        for i, e, lo, hi, far, near in ctx.blocks:
-            score, p = torch.bmm(q[:, i:e], k[:, i:e].mT), hi - lo
-            if near is not None: score += near
-            if p:
-                past = torch.bmm(q[:, i:e], kp[:, lo:hi].mT)
-                if far is not None: past += far
-                score = torch.cat([past, score], -1)
-            w = score.softmax(-1); weights.append(w)
-            y = torch.bmm(w[..., p:], v[:, i:e])
-            out[:, i:e] = y.baddbmm_(w[..., :p], vp[:, lo:hi]) if p else y
+        for i, e, lo, hi, bias in ctx.blocks:
+            keys, values = torch.cat([kp[:, lo:hi], k[:, i:e]], 1), torch.cat([vp[:, lo:hi], v[:, i:e]], 1)
+            weights.append(torch.baddbmm(bias, q[:, i:e], keys.mT).softmax(-1))
+            out[:, i:e] = torch.bmm(weights[-1], values)
         ctx.save_for_backward(q, k, v, kp, vp, out, *weights)
         return out.view(ctx.dims)
 
@@ -99,22 +93,19 @@ class _Blocked(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
         q, k, v, kp, vp, out, *weights = ctx.saved_tensors
-        g, scale = g.reshape(q.shape), q.shape[-1] ** -.5
+        g = g.reshape(q.shape); mean = (g * out).sum(-1, keepdim=True)                          # mean: softmax's own gradient
         dq, dk, dv, dkp, dvp = *(torch.empty_like(x) for x in (q, k, v)), torch.zeros_like(kp), torch.zeros_like(vp)
-        for (i, e, lo, hi, *_), w in zip(ctx.blocks, weights):
-            gi, qi, p = g[:, i:e], q[:, i:e], hi - lo
-            mean, own, past = (gi * out[:, i:e]).sum(-1, keepdim=True), w[..., p:], w[..., :p]   # mean: softmax's own gradient
-            ds = torch.bmm(gi, v[:, i:e].mT).sub_(mean).mul_(own)
-            y, dk[:, i:e], dv[:, i:e] = torch.bmm(ds, k[:, i:e]), torch.bmm(ds.mT, qi), torch.bmm(own.mT, gi)
-            if p:
-                ds = torch.bmm(gi, vp[:, lo:hi].mT).sub_(mean).mul_(past)
-                y.baddbmm_(ds, kp[:, lo:hi]); dkp[:, lo:hi] += torch.bmm(ds.mT, qi); dvp[:, lo:hi] += torch.bmm(past.mT, gi)
-            torch.mul(y, scale, out=dq[:, i:e])
+        for (i, e, lo, hi, _), w in zip(ctx.blocks, weights):
+            keys, values = torch.cat([kp[:, lo:hi], k[:, i:e]], 1), torch.cat([vp[:, lo:hi], v[:, i:e]], 1)
+            ds = torch.baddbmm(mean[:, i:e], g[:, i:e], values.mT, beta=-1).mul_(w)
+            dq[:, i:e] = torch.bmm(ds, keys)
+            for past, own, y in ((dkp, dk, torch.bmm(ds.mT, q[:, i:e])), (dvp, dv, torch.bmm(w.mT, g[:, i:e]))):
+                past[:, lo:hi] += y[:, :hi - lo]; own[:, i:e] = y[:, hi - lo:]
         for full, part in ((dk, dkp), (dv, dvp)):
             full, part, n0 = full.unflatten(1, (ctx.steps, -1)), part.unflatten(1, (ctx.steps, -1)), ctx.slots[0]
             if full.shape == part.shape: full += part
             else: full[:, :, :n0] += part[:, :, :n0]; full[:, :, -1] += part[:, :, -1]
-        return *(x.view(ctx.dims) for x in (dq, dk, dv)), *[None] * 5
+        return *(x.view(ctx.dims) for x in (dq.mul_(q.shape[-1] ** -.5), dk, dv)), *[None] * 5
 
 # %% ../../nbs/30_nets.mask.ipynb #cell-023
 def block_size(steps: int, rule: str, context: int | None, device: torch.device, dtype: torch.dtype) -> int:

@@ -146,6 +146,11 @@ class HiDreamer(WorldModel):
         self.learn_tokens = True
 
     def after_update(self): self.transformer.balance()
+    def train(self, mode: bool = True):
+        "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
+        super().train(mode)
+        if not self.learn_tokens: self.tokenizer.eval()
+        return self
 
     def groups(self) -> list[dict]:
         "Parameter groups: the tokenizer and the rest are clipped and may be frozen apart."
@@ -258,6 +263,12 @@ class HiDreamer(WorldModel):
 
     def features(self, state): return torch.cat([state.h.float(), self.picture(self.maps(state.codes)).flatten(1).float()], -1)
     def decode(self, state): return self.tokenizer.decode(state.codes[:, None])[:, 0]
+    def by_level(self, seg):
+        "Real frames rebuilt from the codes of L0, of L0 and L1, and so on."
+        codes, n = self.tokenizer.encode(seg.frames), len(self.sizes)
+        name = lambda i: "all levels" if i == n - 1 else "L0 alone" if i == 0 else "+".join(f"L{j}" for j in range(i + 1))
+        return {name(i): self.tokenizer.decode(codes, levels=i + 1)[0] for i in range(n)}
+    def diagnose(self, episodes): return dict(tokens=token_accuracy(self, episodes))
     def repeat(self, state, n):
         again = lambda x: x.repeat_interleave(n, 0)
         return replace(state, cache=state.cache.repeat(n), codes=again(state.codes), before=again(state.before), h=again(state.h))
