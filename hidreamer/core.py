@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['AXES', 'HidreamerError', 'check', 'nearest', 'Config', 'Segment', 'typed', 'seed_everything', 'find_device',
-           'fast_bf16', 'autocast', 'count_parameters']
+           'fast_bf16', 'autocast', 'count_parameters', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #cell-003
+import ctypes
 import difflib
 import functools
 import os
@@ -137,3 +138,11 @@ def autocast(device: torch.device, precision: str = "auto"):
 def count_parameters(module: nn.Module) -> int:
     "Number of trainable parameters."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+# %% ../nbs/00_core.ipynb #5f4f1d09
+def keep_memory() -> bool:
+    "Keep freed memory for the next allocation instead of returning it. False where the C library is not glibc: nothing happens there."
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                # of `man mallopt`
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError): return False
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**28)])

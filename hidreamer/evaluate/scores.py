@@ -112,12 +112,16 @@ def own_randomness(seed: int):
 
 def play(agent, collector, quota: list[int], greedy: bool, bar) -> tuple[list[float], list[int]]:
     "Step until every environment has ended its quota of games; returns and lengths in order of environment."
-    done = [[] for _ in quota]
+    done, said = [[] for _ in quota], 0
+    def say(refresh: bool):
+        played = [r for d in done for r, _ in d]
+        bar.set_postfix(mean=f"{np.mean(played):.1f}" if played else "-", steps=f"{collector.steps:,}", refresh=refresh)
     while any(len(d) < q for d, q in zip(done, quota)):
         for e in collector.step(agent.act(collector.frames, collector.first, greedy=greedy)):
             if len(mine := done[int(e["env"])]) == quota[int(e["env"])]: continue      # a game beyond the quota
             mine.append((float(e["return"]), int(e["length"])))
-            bar.set_postfix(mean=f"{np.mean([r for d in done for r, _ in d]):.1f}", steps=collector.steps, refresh=False); bar.update()
+            say(False); bar.update()
+        if collector.steps >= said + 1000: said = collector.steps; say(True)           # a single game may be long
     games = [g for d in done for g in d]
     return [r for r, _ in games], [n for _, n in games]
 
