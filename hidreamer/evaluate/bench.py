@@ -15,7 +15,7 @@ import sys
 import time
 import torch
 import torch.nn.functional as F
-from ..core import Segment, autocast, check, count_parameters, fast_bf16, find_device, nearest
+from ..core import Segment, autocast, check, count_parameters, fast_bf16, find_device, keep_memory, nearest
 from ..nets.mask import hierarchical_attention, hierarchical_mask
 from ..nets.moe import MoE, SwiGLU
 from ..tokens.encoder import TokenizerConfig
@@ -159,7 +159,7 @@ def bench_train(device: torch.device, budget: float = 6., batch: int = 8, length
     cfg = cfg or HiDreamerConfig()
     world, seg = HiDreamer(cfg, actions).to(device), random_segment(batch, length, actions, cfg.tokens, device)
     def learn(tokens):
-        world.learn_tokens = tokens; world.zero_grad(set_to_none=True)
+        world.learn_tokens = tokens; world.train(); world.zero_grad(set_to_none=True)
         with autocast(device): loss, _ = world.loss(seg)
         loss.backward(); world.after_update()
     arms = {"with tokenizer": lambda: learn(True), "frozen tokenizer": lambda: learn(False)}
@@ -216,6 +216,7 @@ def bench(what: str = "all",            # all, or one of tokens, attention, moe,
           quiet: bool = False) -> dict:
     "Measure, print and return. Ratios above 1 mean that this library is faster. Raises `HidreamerError` for an unknown part."
     check(what == "all" or what in PARTS, "what", what, f"must be all or one of {', '.join(PARTS)}", f"Nearest: {nearest(what, PARTS)}.")
+    keep_memory()
     device, default = find_device(device), dict(imagination=12., train=6.)
     torch.manual_seed(0); before = load_average()
     results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)}

@@ -53,6 +53,10 @@ class Data:
         part = self.episode % 10
         self.train, self.valid, self.test = part < 7, part == 7, part > 7
 
+    def some(self, number: int) -> Tensor:
+        "Training frames (n c h w), at random."
+        which = torch.nonzero(self.train)[:, 0]
+        return self.frames[which[torch.randperm(len(which))[:number]]]
     def sample(self, batch: int, time: int) -> Tensor:
         "Training frames (b t c h w), each stretch inside one episode."
         ok = torch.nonzero(self.train[:len(self.train) - time + 1] & (self.episode[:len(self.train) - time + 1] == self.episode[time - 1:]))[:, 0]
@@ -61,20 +65,18 @@ class Data:
 
 # %% ../../nbs/70_studies.tokens.ipynb #cell-009
 FORMS = dict(spatial=dict(grid=8, depth=16, blocks=2), multiscale=dict(grid=(2, 4, 8), depth=16, blocks=2),
-             frame=dict(grid=1, depth=16, blocks=2, nce=.1, residual=True))
+             frame=dict(grid=1, depth=16, blocks=2, nce=1., dropout=.1))
 
-def fit(cfg: TokenizerConfig, data: list[Data], minutes: float, seed: int, batch: int = 128, lr: float = 4e-3) -> tuple[Tokenizer, dict]:
+def fit(cfg: TokenizerConfig, data: list[Data], minutes: float, seed: int, batch: int = 192, lr: float = 4e-3) -> tuple[Tokenizer, dict]:
     """Train for `minutes` of processor time; equal shares of all games; stretches of 8 frames if the config has InfoNCE.
-    The frame-level form has few vectors per batch: after 60% of the time its encoder stands still and its codebooks start anew on many."""
+    After 70% of the time the encoder stands still and the codebooks are settled on many of its vectors; the decoder goes on learning."""
     seed_everything(seed)
-    tok, n, begin, length, settled = Tokenizer(cfg), 0, time.process_time(), 8 if cfg.nce else 1, cfg.fine > 1
+    tok, n, begin, length = Tokenizer(cfg), 0, time.process_time(), 8 if cfg.nce else 1
     opt = torch.optim.AdamW(tok.parameters(), lr, weight_decay=0.)
     batch_of = lambda size: torch.cat([d.sample(size // length // len(data), length) for d in data])
     while (spent := (time.process_time() - begin) / 60) < minutes:
-        if not settled and spent > .6 * minutes:
-            tok.encoder.requires_grad_(False); tok.quantiser.updates.zero_()
-            with torch.no_grad(): tok.loss(batch_of(6144))
-            settled = True
+        if spent > .7 * minutes and not tok.quantiser.settled:
+            tok.settle(torch.cat([d.some((40_000 if cfg.fine == 1 else 6_000) // len(data)) for d in data]))
         for g in opt.param_groups: g["lr"] = lr * min(1, n / 50) * max(.02, 1 - spent / minutes)
         loss, logs = tok.loss(batch_of(batch))
         opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(tok.parameters(), 1.); opt.step(); n += 1
@@ -111,7 +113,7 @@ def r2_interval(y: Tensor, guess: Tensor, episode: Tensor, seed: int, draws: int
     return low, high
 
 # %% ../../nbs/70_studies.tokens.ipynb #cell-012
-def measure(tok: Tokenizer, data: list[Data], seed: int, most: int = 8000) -> dict:
+def measure(tok: Tokenizer, data: list[Data], seed: int, most: int = 30_000) -> dict:
     "Everything the chapter on tokens defines, on test episodes."
     out, e, sizes, coded = dict(games={}), tok.codes, tok.sizes, {}
     for d in data:

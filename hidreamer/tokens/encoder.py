@@ -31,12 +31,12 @@ class TokenizerConfig(Config):
     warm: int = -1                              # first training batches that bypass the quantiser; default 300, frame-level 0
     fits: tuple[int, ...] = (0, 100)            # of the batches after that, those at which k-means sets the codebooks anew
     dead: float = 0.05                          # codes used less than this share of an equal share are moved to where the error is
-    balance: float = -1.                        # step towards equal use of all codes, per training batch; default 0, frame-level .02
     dropout: float = 0.3                        # share of training frames that are decoded from a prefix of the levels
     moving_weight: float = 20.                  # extra weight of pixels that differ from the background
     empty: float = 0.02                         # share of the cells without a moving pixel that codebooks learn from
     backgrounds: int = 1                        # how many backgrounds to keep (as many as games or rooms)
     residual: bool | None = None                # code what differs from the background; default: unless frame-level with one background
+    balance: bool | None = None                 # codebooks are settled so that all codes are used equally; default: frame-level only
     nce: float = 0.                             # weight of the temporal InfoNCE loss
     temperature: float = 0.1                    # of the temporal InfoNCE loss
     precision: str = "auto"                     # bf16, fp32, or auto: bf16 where the hardware is faster in it
@@ -49,7 +49,7 @@ class TokenizerConfig(Config):
             self.commitment = (.05, .25, .60) if one and self.levels == 3 else grid
         if self.residual is None: self.residual = not one or self.backgrounds > 1
         if self.warm < 0: self.warm = 0 if one else 300
-        if self.balance < 0: self.balance = .02 if one else 0.
+        if self.balance is None: self.balance = one
 
     @property
     def grids(self) -> tuple[int, ...]:
@@ -82,7 +82,7 @@ class TokenizerConfig(Config):
         check(all(c >= 0 for c in self.commitment), "commitment", self.commitment, "must not be negative")
         check(0 in self.fits, "fits", self.fits, "must hold 0: the codebooks start from the first batch")
         check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1)")
-        for name in ("dead", "dropout", "empty", "balance"):
+        for name in ("dead", "dropout", "empty"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         for name in ("moving_weight", "nce", "warm"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")

@@ -74,8 +74,10 @@ class Tokenizer(nn.Module):
         self.cfg = cfg = (cfg or TokenizerConfig()).check()
         self.encoder, self.quantiser, self.decoder = Encoder(cfg), HRVQ(cfg), Decoder(cfg)
         self.background = Background(cfg.backgrounds, cfg.channels, cfg.size)
+        self.register_buffer("centres", torch.zeros(cfg.backgrounds, cfg.dim))  # mean vector of each game or room (frame-level form)
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))      # training batches seen
         self.sizes, self.codes, self.dim = cfg.sizes, cfg.codes, cfg.dim
+        self.centred = cfg.fine == 1 and cfg.backgrounds > 1
 
     def half(self, x: Tensor): return autocast(x.device, self.cfg.precision)
 
@@ -92,12 +94,20 @@ class Tokenizer(nn.Module):
         if self.cfg.backgrounds == 1: return self.background.frames[0]
         check(scene is not None, "scene", None, "must say which background each frame has", "Keep tok.scenes(frames) with the codes.")
         return self.background.frames[scene.flatten()]
-    def shown(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    def shown(self, x: Float[Tensor, "n c h w"], scene: Int[Tensor, "n"]) -> Float[Tensor, "n c h w"]:
         "What the encoder sees. Differences from the background are small and rare, so they are enlarged."
-        return (x - self.still(self.background.nearest(x))) * (8 if self.cfg.residual else 1)
-    def read(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k d"]:
-        "The encoder's output."
-        with self.half(x): return self.encoder(self.shown(x))
+        return (x - self.still(scene)) * (8 if self.cfg.residual else 1)
+    def read(self, x: Float[Tensor, "n c h w"], learn: bool = False) -> Float[Tensor, "n k d"]:
+        "The encoder's output; where one vector has to serve several games or rooms, measured from the mean of its own."
+        scene = self.background.nearest(x)
+        with self.half(x), torch.set_grad_enabled(torch.is_grad_enabled() and not self.quantiser.settled):
+            z = self.encoder(self.shown(x, scene))
+        if not self.centred: return z
+        if learn: self.centres.lerp_(self.means(z.detach(), scene), 0.05)
+        return F.normalize(z - self.centres[scene][:, None], dim=-1)
+    def means(self, z: Float[Tensor, "n k d"], scene: Int[Tensor, "n"]) -> Float[Tensor, "s d"]:
+        "Mean vector by scene; what is not there keeps its old one."
+        return torch.stack([z[scene == i].mean((0, 1)) if (scene == i).any() else c for i, c in enumerate(self.centres)])
     def draw(self, z: Float[Tensor, "n k d"], scene: Int[Tensor, "n"] | None = None) -> Float[Tensor, "n c h w"]:
         "Frames, roughly in [0, 1] (not clamped, so that the loss has a gradient everywhere)."
         with self.half(z): return self.decoder(z) + self.still(scene)
@@ -139,9 +149,9 @@ class Tokenizer(nn.Module):
         moving = self.background(x)
         if self.training:
             with self.half(x):
-                if self.batches == 0: self.encoder.calibrate(self.shown(x))
+                if self.batches == 0: self.encoder.calibrate(self.shown(x, self.background.nearest(x)))
             self.batches += 1
-        z = self.read(x)
+        z = self.read(x, learn=self.training and not self.quantiser.settled)
         if self.training and self.batches <= self.cfg.warm: q = self.warm(z)
         else: q = self.quantiser(z, None if self.cfg.fine == 1 else self.used(moving))
         error = (self.draw(q.z, self.background.nearest(x)) - x).square().mean(1)
@@ -153,6 +163,27 @@ class Tokenizer(nn.Module):
             nce = info_nce(z.flatten(1).view(*frames.shape[:2], -1), self.cfg.temperature, scene)
             loss, logs["nce"] = loss + self.cfg.nce * nce, nce.detach()
         return loss, logs
+
+    @torch.no_grad()
+    def settle(self, frames: UInt8[Tensor, "n c h w"], chunk: int = 256) -> None:
+        "From here on only the decoder learns. The codebooks are fitted to the encoder's vectors of all these frames at once."
+        training, cfg = self.training, self.cfg
+        z, used, scene = [], [], []
+        for x in frames.split(chunk):
+            x = self.prepare(x[None]); scene.append(self.background.nearest(x))
+            with self.half(x): z.append(self.encoder(self.shown(x, scene[-1])))
+            used.append(self.used(self.eval().background(x)))
+        z, scene = torch.cat(z), torch.cat(scene)
+        if self.centred:
+            self.centres.copy_(self.means(z, scene)); z = F.normalize(z - self.centres[scene][:, None], dim=-1)
+        self.quantiser.settle(z, None if cfg.fine == 1 else torch.cat(used))
+        self.train(training)
+
+    def train(self, mode: bool = True) -> "Tokenizer":
+        "As ever; but the backgrounds learn no more than the codebooks do once they are settled."
+        super().train(mode)
+        if self.quantiser.settled: self.background.eval()
+        return self
 
     def warm(self, z: Float[Tensor, "n k d"]) -> Quantised:
         "Before the codebooks start: the vectors themselves, with noise of a tenth of their size in place of rounding."
