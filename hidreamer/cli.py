@@ -54,10 +54,10 @@ def train(args: list[str]) -> None:
     from hidreamer.run import Run
     args, configs = cut(args, "configs")
     folder, name, world = (option(args, k) for k in ("run", "preset", "world"))
-    if folder and not (name or world or configs) and (Path(folder).expanduser()/"config.json").exists():
+    if folder and not (name or world or configs is not None) and (Path(folder).expanduser()/"config.json").exists():
         default = training.TrainConfig.from_dict(Run(folder).config)
     else: default = training.preset(name or "quick", world or "hidreamer")
-    if configs: default = with_yaml(default, configs, world)
+    if configs is not None: default = with_yaml(default, configs, world)
     training.train(tyro.cli(training.TrainConfig, args=args, default=default, prog="hidreamer train", description=inspect.getdoc(train),
                             config=(tyro.conf.AvoidSubcommands,)))
 

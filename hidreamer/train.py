@@ -85,7 +85,8 @@ class TrainConfig(Config):
     def check(self):
         for name, known in (("world", WORLDS), ("preset", PRESETS), ("learner", LEARNERS)):
             check(getattr(self, name) in known, name, getattr(self, name), f"must be one of {', '.join(known)}")
-        check(type(self.model) is WORLDS[self.world][0], "model", type(self.model).__name__, f"must be a {WORLDS[self.world][0].__name__} for world={self.world!r}",
+        kind = WORLDS[self.world][0]
+        check(type(self.model) is kind, "model", type(self.model).__name__, f"must be a {kind.__name__} for world={self.world!r}",
               "preset(name, world) builds the right one.")
         if self.env != "Crafter": game_id(self.env)
         for name in ("steps", "envs", "block", "batch", "dream_batch", "dream_context", "dream_repeat", "horizon", "save_every", "episodes"):
@@ -99,7 +100,8 @@ class TrainConfig(Config):
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
         check(self.dream_batch % self.dream_repeat == 0, "dream_repeat", self.dream_repeat, f"must divide dream_batch={self.dream_batch}")
-        check(not self.init or self.world in ("dreamer", "hdreamer"), "init", self.init, f"needs a world that can hold it, not {self.world}", "Use --world hdreamer.")
+        check(not self.init or self.world in ("dreamer", "hdreamer"), "init", self.init, f"needs a world that can hold it, not {self.world}",
+              "Use --world hdreamer.")
         side = getattr(self.model, "tokens", self.model)
         shape = (side.channels, side.size, side.size)
         check(shape == self.atari.shape, "model", shape, f"must fit the environment's frames (channels, height, width), {self.atari.shape}")
@@ -156,7 +158,8 @@ def recurrent(name: str) -> dict:
     "What a preset means for the worlds `dreamer` and `hdreamer`; `atari100k` is DreamerV3's own setting for these games."
     size = dict(dyn_hidden=256, dyn_deter=256, units=256, cnn_depth=16)
     work = dict(learner="dreamer", warm_up=0, lr=1e-4, beta2=.999, weight_decay=0., lr_end=1., max_grad=1000., dream_context=16, dream_repeat=1)
-    more = dict(quick=dict(batch=8, length=32, lr=5e-4, replay_ratio=40., dream_ratio=80., dream_batch=256, actor_critic=ActorCriticConfig(units=256, actor_lr=2e-4, critic_lr=2e-4, gamma=.99)),
+    more = dict(quick=dict(batch=8, length=32, lr=5e-4, replay_ratio=40., dream_ratio=80., dream_batch=256,
+                           actor_critic=ActorCriticConfig(units=256, actor_lr=2e-4, critic_lr=2e-4, gamma=.99)),
                 cpu=dict(length=32, lr=4e-4, actor_critic=ActorCriticConfig(units=256, actor_lr=1e-4, critic_lr=1e-4)),
                 atari100k=dict(batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
                 debug=dict(dream_context=4, actor_critic=ActorCriticConfig(units=16)))[name]

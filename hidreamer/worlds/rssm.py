@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'DreamerConfig', 'truncated_', 'uniform_', 'dense', 'Layer', 'Head', 'SymlogBins', 'autocast_dtype',
            'channel_norm', 'piece', 'ConvEncoder', 'ConvDecoder', 'mixed', 'Draw', 'LateWeight', 'Looped', 'Latent',
-           'Path', 'RSSM', 'Scan', 'observe', 'Weigh', 'kl', 'entropy', 'balanced_kl', 'Dreamer']
+           'Path', 'RSSM', 'Scan', 'follow', 'Weigh', 'kl', 'entropy', 'balanced_kl', 'Dreamer']
 
 # %% ../../nbs/43_worlds.rssm.ipynb #b15013f4
 import math
@@ -13,6 +13,7 @@ import weakref
 from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 from ..core import Config, Segment, check
@@ -112,7 +113,7 @@ class Head(nn.Module):
         for layer in self.layers: x = layer(x)
         return dense(x, self.out.weight, self.out.bias)
 
-# %% ../../nbs/43_worlds.rssm.ipynb #a0493ea0
+# %% ../../nbs/43_worlds.rssm.ipynb #825024f3
 class SymlogBins(TwoHot):
     "255 bins from symlog -20 to 20. Unlike `TwoHot`, the mean is taken BEFORE symexp, as dreamerv3-torch does."
     def __init__(self, bins: int = 255, limit: float = 20.): super().__init__(bins, limit)
@@ -190,7 +191,7 @@ class ConvDecoder(nn.Module):
         for conv, norm in zip(self.convs, self.norms): x = channel_norm(conv(x), norm)
         return self.convs[-1](x)
 
-# %% ../../nbs/43_worlds.rssm.ipynb #d7ad261f
+# %% ../../nbs/43_worlds.rssm.ipynb #d74a609b
 def mixed(logits: Float[Tensor, "... v"], unimix: float) -> Float[Tensor, "... v"]:
     "Probabilities with a share `unimix` of the uniform distribution, float32."
     p = logits.softmax(-1, dtype=torch.float32)
@@ -205,6 +206,7 @@ class Draw(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g): return g, None
 
+# %% ../../nbs/43_worlds.rssm.ipynb #48e390d3
 class LateWeight(torch.autograd.Function):
     """`base` itself; but its gradient g (t b d), together with the inputs collected in `xs`, gives the gradient of `weight`
     in ONE product after the loop instead of a sum of t products."""
@@ -307,31 +309,35 @@ class RSSM(nn.Module):
 
     def priors(self, h: Float[Tensor, "t b h"], z: Float[Tensor, "t b z"]) -> list[Float[Tensor, "t b s v"]]:
         "Prior probabilities of every group along a path."
-        return [self.mixed(self.shaped(self.prior(self.img_out(h))))]
-
-    # ---- one step, as it is in the paper
-    def initial(self, n: int) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n z"]]:
-        "Memory and latents before the first frame."
-        if self.cfg.initial == "zeros": return self.gru.weight.new_zeros(n, self.cfg.dyn_deter), self.gru.weight.new_zeros(n, self.z_dim)
-        h = self.W.tanh()
-        return h.expand(n, -1), self.guess(h).expand(n, -1)
-    def recur(self, h: Float[Tensor, "b h"], z: Float[Tensor, "b z"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b h"]:
-        "The next memory."
-        x = self.img_in(torch.cat([z, action.to(z.dtype)], -1))
-        return self.gates(dense(torch.cat([x.to(h.dtype), h], -1), self.gru.weight), h, self.gru_norm.bias + self.late)
-    def obs_step(self, h, z, action, embed, first: Bool[Tensor, "b"], e: Float[Tensor, "b z"]):
-        "Memory and latents after the next frame; where `first`, what came before is forgotten."
-        if first.any():
-            keep, (h0, z0) = ~first[:, None], self.initial(len(h))
-            h, z, action = torch.where(keep, h, h0), torch.where(keep, z, z0), action * keep
-        h = self.recur(h, z, action)
-        return h, self.see(h, embed, e)
-    def img_step(self, h, z, action, e: Float[Tensor, "b z"]):
-        "Memory and latents after an imagined step."
-        h = self.recur(h, z, action)
-        return h, self.guess(h, e)
+        return [self.mixed(self.shaped(dense(self.img_out(h), self.prior.weight, self.prior.bias)))]
 
 # %% ../../nbs/43_worlds.rssm.ipynb #de6e296d
+@patch
+def initial(self: RSSM, n: int) -> tuple[Float[Tensor, "n h"], Float[Tensor, "n z"]]:
+    "Memory and latents before the first frame."
+    if self.cfg.initial == "zeros": return self.gru.weight.new_zeros(n, self.cfg.dyn_deter), self.gru.weight.new_zeros(n, self.z_dim)
+    h = self.W.tanh()
+    return h.expand(n, -1), self.guess(h).expand(n, -1)
+@patch
+def recur(self: RSSM, h: Float[Tensor, "b h"], z: Float[Tensor, "b z"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b h"]:
+    "The next memory."
+    x = self.img_in(torch.cat([z, action.to(z.dtype)], -1))
+    return self.gates(dense(torch.cat([x.to(h.dtype), h], -1), self.gru.weight), h, self.gru_norm.bias + self.late)
+@patch
+def obs_step(self: RSSM, h, z, action, embed, first: Bool[Tensor, "b"], e: Float[Tensor, "b z"]):
+    "Memory and latents after the next frame; where `first`, what came before is forgotten."
+    if first.any():
+        keep, (h0, z0) = ~first[:, None], self.initial(len(h))
+        h, z, action = torch.where(keep, h, h0), torch.where(keep, z, z0), action * keep
+    h = self.recur(h, z, action)
+    return h, self.see(h, embed, e)
+@patch
+def img_step(self: RSSM, h, z, action, e: Float[Tensor, "b z"]):
+    "Memory and latents after an imagined step."
+    h = self.recur(h, z, action)
+    return h, self.guess(h, e)
+
+# %% ../../nbs/43_worlds.rssm.ipynb #49ae3760
 class Scan:
     "The loop over time of an `RSSM`, with everything that does not depend on the past moved out of it."
     def __init__(self, rssm: RSSM, embed: Float[Tensor, "t b e"], action: Float[Tensor, "t b a"]):
@@ -359,9 +365,9 @@ class Scan:
 
 RSSM.scan = Scan
 
-def observe(rssm: RSSM, embed: Float[Tensor, "t b e"], action: Float[Tensor, "t b a"], first: Bool[Tensor, "t b"],
-            e: Float[Tensor, "t b z"] | None = None,                # exponential noise; None: fresh
-            state: tuple[Tensor, Tensor] | None = None) -> Path:    # memory and latents before; None: the initial ones
+def follow(rssm: RSSM, embed: Float[Tensor, "t b e"], action: Float[Tensor, "t b a"], first: Bool[Tensor, "t b"],
+           e: Float[Tensor, "t b z"] | None = None,                 # exponential noise; None: fresh
+           state: tuple[Tensor, Tensor] | None = None) -> Path:     # memory and latents before; None: the initial ones
     "All of a segment at once. `action[t]` is the one that led to frame t, all zero where it is unknown."
     t, b = embed.shape[:2]
     begin = rssm.initial(b)
@@ -405,7 +411,7 @@ def balanced_kl(q: Float[Tensor, "... s v"], p: Float[Tensor, "... s v"], dyn: f
     clipped = value.clamp(min=free)
     return clipped + (dyn + rep - 1) * clipped.detach(), value.detach()
 
-# %% ../../nbs/43_worlds.rssm.ipynb #69acb766
+# %% ../../nbs/43_worlds.rssm.ipynb #e9a05a05
 class Dreamer(WorldModel):
     "DreamerV3's world: encoder, recurrent state-space model, decoder, reward and continue heads."
     def __init__(self, cfg: DreamerConfig, actions: int):
@@ -435,7 +441,7 @@ class Dreamer(WorldModel):
         embed = self.encoder(x).unflatten(0, seg.first.shape).transpose(0, 1)
         last = F.one_hot(seg.actions, self.actions).transpose(0, 1).to(embed.dtype)
         action = torch.cat([torch.zeros_like(last[:1]), last[:-1]])        # the one that led here
-        return observe(self.rssm, embed, action, seg.first.t(), e), x
+        return follow(self.rssm, embed, action, seg.first.t(), e), x
 
     def outcomes(self, seg: Segment) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"], Float[Tensor, "b t"]]:
         "Reward and continuation that came with each frame, and whether they are known."
@@ -464,27 +470,68 @@ class Dreamer(WorldModel):
         return loss.mean(), dict(kl=value.mean(), kl_loss=loss.detach().mean(), post_entropy=entropy(q.detach()).mean(),
                                  prior_entropy=entropy(p.detach()).mean())
 
-    # ---- living
-    def wrap(self, x: Float[Tensor, "b d"]) -> Latent: return Latent(x, self.rssm.z_dim)
-    def latent(self, h, z) -> Latent: return self.wrap(torch.cat([z.float(), h.float()], -1))
-    def observe(self, seg: Segment) -> Latent:
-        path, _ = self.path(seg)
-        return self.latent(path.h[-1], path.z[-1])
-    @torch.no_grad()
-    def starts(self, seg: Segment) -> Latent:
-        "Every posterior state of a segment, batch first (row = b * time + t). For the segment whose `loss` came last they are taken from there."
-        if self._seen and self._seen[0]() is seg: x = self._seen[1]
-        else: x = self.path(seg)[0].features.transpose(0, 1).flatten(0, 1)
-        return self.wrap(x.float().clone())
-    def starts_per(self, time: int) -> int: return time
-    def track(self, state, action, frames, first):
-        embed = self.encoder(self.pictures(frames))
-        action = F.one_hot(action, self.actions).to(embed.dtype)
-        return self.latent(*self.rssm.obs_step(state.h, state.z, action, embed, first, self.rssm.noise(len(first))))
-    def step(self, state, action):
-        action = F.one_hot(action, self.actions).to(state.x.dtype)
-        new = self.latent(*self.rssm.img_step(state.h, state.z, action, self.rssm.noise(len(action))))
-        return Step(new, self.bins.mean(self.reward(new.x)), self.cont(new.x)[:, 0].float().sigmoid())
-    def features(self, state): return state.x
-    def decode(self, state): return (self.decoder(state.x).float() + .5).clamp(0, 1)
-    def repeat(self, state, n): return self.wrap(state.x.repeat_interleave(n, 0))
+# %% ../../nbs/43_worlds.rssm.ipynb #f6ff5ef2
+@patch
+def wrap(self: Dreamer, x: Float[Tensor, "b d"]) -> Latent: return Latent(x, self.rssm.z_dim)
+@patch
+def latent(self: Dreamer, h, z) -> Latent: return self.wrap(torch.cat([z.float(), h.float()], -1))
+@patch
+def observe(self: Dreamer, seg: Segment) -> Latent:
+    "The posterior state after the last frame."
+    path, _ = self.path(seg)
+    return self.latent(path.h[-1], path.z[-1])
+@patch
+@torch.no_grad()
+def starts(self: Dreamer, seg: Segment) -> Latent:
+    "Every posterior state of a segment, batch first (row = b * time + t). For the segment whose `loss` came last they are taken from there."
+    if self._seen and self._seen[0]() is seg: x = self._seen[1]
+    else: x = self.path(seg)[0].features.transpose(0, 1).flatten(0, 1)
+    return self.wrap(x.float().clone())
+@patch
+def starts_per(self: Dreamer, time: int) -> int: return time
+@patch
+def track(self: Dreamer, state, action, frames, first):
+    embed = self.encoder(self.pictures(frames))
+    action = F.one_hot(action, self.actions).to(embed.dtype)
+    return self.latent(*self.rssm.obs_step(state.h, state.z, action, embed, first, self.rssm.noise(len(first))))
+@patch
+def step(self: Dreamer, state, action):
+    action = F.one_hot(action, self.actions).to(state.x.dtype)
+    new = self.latent(*self.rssm.img_step(state.h, state.z, action, self.rssm.noise(len(action))))
+    return Step(new, self.bins.mean(self.reward(new.x)), self.cont(new.x)[:, 0].float().sigmoid())
+@patch
+def features(self: Dreamer, state): return state.x
+@patch
+def decode(self: Dreamer, state): return (self.decoder(state.x).float() + .5).clamp(0, 1)
+@patch
+def repeat(self: Dreamer, state, n): return self.wrap(state.x.repeat_interleave(n, 0))
+
+# %% ../../nbs/43_worlds.rssm.ipynb #fbae81e1
+@patch
+def views(self: Dreamer, state: Latent) -> dict[str, Latent]:
+    "States to decode beside each other, by name; the last is the whole."
+    return dict(all=state)
+@patch
+def kls(self: Dreamer, path: Path) -> dict[str, Float[Tensor, "t b"]]:
+    "KL in nats by frame, by name; the first is the whole."
+    return dict(kl=kl(path.post[0], path.prior[0]))
+@patch
+@torch.no_grad()
+def by_level(self: Dreamer, seg: Segment) -> dict[str, Float[Tensor, "t c h w"]]:
+    "Every view of one episode's states (b=1), decoded."
+    state = self.wrap(self.path(seg)[0].features[:, 0].float())
+    return {name: self.decode(s) for name, s in self.views(state).items()}
+@patch
+@torch.no_grad()
+def diagnose(self: Dreamer, episodes: list[Segment], most: int = 256) -> dict:
+    """On the first `most` frames of each episode (b=1): mean KL in nats (and its 90% quantile, since most frames hold no news), and mean squared error of
+    the reconstruction by view, for pixels in [0, 1]; beside it the error of the episode's mean frame."""
+    out, n = {}, 0
+    for ep in (e[:, :most] for e in episodes):
+        path, x = self.path(ep)
+        views = self.views(self.wrap(path.features[:, 0].float()))
+        row = {k: v.mean() for k, v in self.kls(path).items()} | {f"{k}_q90": v.float().quantile(.9) for k, v in self.kls(path).items()}
+        row |= {f"mse_{name}": F.mse_loss(self.decode(s), x + .5) for name, s in views.items()} | dict(mse_mean_frame=x.var(0, correction=0).mean())
+        for k, v in row.items(): out[k] = out.get(k, 0.) + float(v) * ep.time
+        n += ep.time
+    return {k: v / n for k, v in out.items()} | dict(frames=n)
