@@ -185,10 +185,10 @@ class Trainer:
         if cfg.threads: torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed); keep_memory()
         self.device = find_device(cfg.device)
-        self.run = Run(cfg.folder, cfg.to_dict())
         self.envs = make_envs(cfg.env, cfg.envs, cfg.seed, cfg.atari)
-        actions = int(self.envs.single_action_space.n)
-        self.agent = make_agent(cfg, actions).to(self.device)
+        self.agent = make_agent(cfg, int(self.envs.single_action_space.n)).to(self.device)
+        if cfg.init and not any(cfg.folder.glob("checkpoints/step-*")): fill_agent(self.agent, cfg.init)
+        self.run = Run(cfg.folder, cfg.to_dict())        # only now: a file that does not fit leaves no folder behind
         self.world, self.policy = self.agent.world, self.agent.policy
         self.learner = LEARNERS[cfg.learner][1](self.policy)
         rates = [g.get("lr_scale", 1.) * (cfg.tokens_lr if g["name"] == "tokens" else cfg.lr) for g in self.world.groups()]
@@ -198,8 +198,7 @@ class Trainer:
         self.recent, self.logs, self.seconds = [], {}, {}
         last = self.run.latest()
         if last: self.restore(last)
-        elif cfg.init: fill_agent(self.agent, cfg.init)
-        if not last: self.replay = Replay(self.run.path/"replay", cfg.replay.capacity, cfg.envs, self.envs.single_observation_space.shape)
+        else: self.replay = Replay(self.run.path/"replay", cfg.replay.capacity, cfg.envs, self.envs.single_observation_space.shape)
         self.collector = Collector(self.envs, self.replay, seed=cfg.seed + self.clock["steps"])
         self.base, self.began = self.clock["steps"], time.time() - 60 * self.clock["minutes"]
 

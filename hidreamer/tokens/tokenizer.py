@@ -190,10 +190,9 @@ class Tokenizer(nn.Module):
             used.append(self.used(self.eval().background(x)))
         z, scene = torch.cat(z), torch.cat(scene)
         if self.centred:
-            raw = z
-            self.centres.copy_(self.means(raw, scene)); self.axes.copy_(torch.eye(self.dim)); z = self.centre(raw, scene)
-            for i in scene.unique(): self.axes[i] = principal_axes(z[scene == i].flatten(0, 1))
-            z = self.centre(raw, scene)
+            self.centres.copy_(self.means(z, scene))
+            for i in scene.unique(): self.axes[i] = principal_axes(F.normalize(z[scene == i].flatten(0, 1) - self.centres[i], dim=-1))
+            z = self.centre(z, scene)
         self.quantiser.settle(z, None if cfg.fine == 1 else torch.cat(used))
         self.train(training)
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from ..core import Segment, check
-from .rssm import Dreamer, DreamerConfig, Latent, Looped, RSSM, Scan, balanced_kl, dense, entropy, uniform_
+from ..core import check
+from .rssm import Dreamer, DreamerConfig, Latent, Looped, RSSM, Scan, balanced_kl, dense, entropy, kl, uniform_
 
 # %% ../../nbs/44_worlds.hdreamer.ipynb #ba0f6ab6
 @dataclass
@@ -179,10 +179,10 @@ class HDreamer(Dreamer):
         bottom = r.mode(r.bottom_prior(r.img_out(state.h), state.z_top), 1)
         return self.wrap(torch.cat([state.z_top, bottom.float(), state.h], -1))
 
-    @torch.no_grad()
-    def by_level(self, seg: Segment):
-        state = self.wrap(self.path(seg)[0].features[:, 0].float())
-        return dict(top=self.decode(self.top_alone(state)), both=self.decode(state))
+    def views(self, state): return dict(top=self.top_alone(state), both=state)
+    def kls(self, path):
+        by = {f"kl_{n}": kl(q, p) for n, q, p in zip(("top", "bottom"), path.post, path.prior)}
+        return dict(kl=sum(by.values())) | by
 
     # ---- from a flat model
     @classmethod
