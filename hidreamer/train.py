@@ -158,9 +158,10 @@ def recurrent(name: str) -> dict:
     "What a preset means for the worlds `dreamer` and `hdreamer`; `atari100k` is DreamerV3's own setting for these games."
     size = dict(dyn_hidden=256, dyn_deter=256, units=256, cnn_depth=16)
     work = dict(learner="dreamer", warm_up=0, lr=1e-4, beta2=.999, weight_decay=0., lr_end=1., max_grad=1000., dream_context=16, dream_repeat=1)
-    more = dict(quick=dict(batch=8, length=32, lr=5e-4, replay_ratio=40., dream_ratio=80., dream_batch=256,
+    brief = dict(batch=4, length=16, max_grad=10.)          # a tight clip: under 1000, a thousand updates left the KL at its floor
+    more = dict(quick=dict(brief, lr=1e-3, replay_ratio=40., dream_ratio=60., dream_batch=256,
                            actor_critic=ActorCriticConfig(units=256, actor_lr=2e-4, critic_lr=2e-4, gamma=.99)),
-                cpu=dict(length=32, lr=4e-4, actor_critic=ActorCriticConfig(units=256, actor_lr=1e-4, critic_lr=1e-4)),
+                cpu=dict(brief, batch=8, length=32, lr=5e-4, actor_critic=ActorCriticConfig(units=256, actor_lr=1e-4, critic_lr=1e-4)),
                 atari100k=dict(batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
                 debug=dict(dream_context=4, actor_critic=ActorCriticConfig(units=16)))[name]
     if name == "atari100k": size = {}
