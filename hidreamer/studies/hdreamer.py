@@ -73,7 +73,7 @@ def parts(world: Dreamer, episodes: list[Segment]) -> dict[str, Tensor]:
     return dict(zip(names, groups)) | dict(memory=h, all=torch.cat([z, h], -1))
 
 def probes(world: Dreamer, game: str, steps: int = 8_000, seed: int = 1000) -> dict[str, dict[str, float]]:
-    "R2 on held-out stretches of a linear map from each part of the state to positions in the console's memory."
+    "R2 on other stretches of a linear map from each part of the state to positions in the console's memory."
     data = labelled(game, steps, seed)
     check(len(data) >= 10, "steps", steps, "gives fewer than 10 stretches, too few for a split")
     x = parts(world.eval(), [e for e, _ in data])
@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 # %% ../../nbs/71_studies.hdreamer.ipynb #5f0c6db0
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()       # as a command, not in the notebook
 
 # %% ../../nbs/71_studies.hdreamer.ipynb #3487ec76
 MEASURES = {"error 5 steps ahead (x 1000)": lambda r: r["errors"]["world_5"], "error 10 steps ahead (x 1000)": lambda r: r["errors"]["world_10"],

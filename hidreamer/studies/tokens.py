@@ -174,4 +174,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 # %% ../../nbs/70_studies.tokens.ipynb #cell-015
 #| eval: false
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main()       # not when this notebook runs
