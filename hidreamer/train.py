@@ -194,7 +194,7 @@ class Trainer:
         self.learner = LEARNERS[cfg.learner][1](self.policy)
         rates = [g.get("lr_scale", 1.) * (cfg.tokens_lr if g["name"] == "tokens" else cfg.lr) for g in self.world.groups()]
         self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)],
-                                           betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay)
+                                           betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"))
         self.clock = dict(steps=0, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
         self.recent, self.logs, self.seconds = [], {}, {}
         last = self.run.latest()
