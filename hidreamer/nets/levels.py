@@ -119,6 +119,6 @@ def overlay(frame: UInt8[Tensor, "c h w"] | Float[Tensor, "c h w"],   # uint8, o
     rows, cols = grid or (round(len(p) ** .5),) * 2
     check(rows * cols == len(p), "grid", grid, f"must hold the {len(p)} tokens", "Give grid=(rows, columns).")
     picture = (frame.float() / 255 if frame.dtype == torch.uint8 else frame.float()).detach().cpu().expand(3, -1, -1)
-    paint = (p.detach().float().cpu() @ torch.tensor(COLOURS[:p.shape[1]])).view(rows, cols, 3).permute(2, 0, 1)
+    paint = (p.detach().float().cpu()[..., None] * torch.tensor(COLOURS[:p.shape[1]])).sum(1).view(rows, cols, 3).permute(2, 0, 1)
     paint = F.interpolate(paint[None], picture.shape[1:], mode="nearest")[0]
     return torch.lerp(picture, paint, alpha).clamp(0, 1).permute(1, 2, 0)

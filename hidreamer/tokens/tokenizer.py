@@ -160,6 +160,10 @@ class Tokenizer(nn.Module):
 
     def loss(self, frames: UInt8[Tensor, "b t c h w"]) -> tuple[Tensor, dict[str, Tensor]]:
         "Weighted reconstruction + commitment (+ temporal InfoNCE). In training mode codebooks and backgrounds learn too."
+        return self.fit(frames)[:2]
+
+    def fit(self, frames: UInt8[Tensor, "b t c h w"]) -> tuple[Tensor, dict[str, Tensor], Quantised]:
+        "As `loss`; also the codes and vectors of these frames, for a world that learns with the tokenizer."
         x = self.prepare(frames)
         moving = self.background(x)
         if self.training:
@@ -177,7 +181,7 @@ class Tokenizer(nn.Module):
             scene = self.background.nearest(x).view(frames.shape[:2])[:, :1].expand(frames.shape[:2])     # a stretch has one scene
             nce = info_nce(z.flatten(1).view(*frames.shape[:2], -1), self.cfg.temperature, scene)
             loss, logs["nce"] = loss + self.cfg.nce * nce, nce.detach()
-        return loss, logs
+        return loss, logs, q
 
     @torch.no_grad()
     def settle(self, frames: UInt8[Tensor, "n c h w"], chunk: int = 256) -> None:

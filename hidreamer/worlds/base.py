@@ -69,6 +69,8 @@ class WorldModel(nn.Module):
     def warm_up_loss(self, seg: Segment) -> tuple[Tensor, dict[str, Tensor]]:
         "What is minimised before everything else, for `warm_up` updates. Only a world with a tokenizer has it."
         raise HidreamerError("warm_up: this world has no tokenizer to train beforehand. Use --warm-up 0.")
+    def anneal(self, step: int) -> None:
+        "Called before every update with the environment steps so far: what hardens with time does it here. Nothing by default."
     def after_update(self) -> None:
         "Called once after every optimiser step (routing biases, schedules). Nothing by default."
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPS', 'DreamerConfig', 'truncated_', 'uniform_', 'dense', 'Layer', 'Head', 'SymlogBins', 'autocast_dtype',
-           'channel_norm', 'piece', 'ConvEncoder', 'ConvDecoder', 'mixed', 'Draw', 'LateWeight', 'Looped', 'Latent',
-           'Path', 'RSSM', 'Scan', 'follow', 'Weigh', 'kl', 'entropy', 'balanced_kl', 'Dreamer']
+           'channel_norm', 'piece', 'ConvEncoder', 'ConvDecoder', 'Scenery', 'mixed', 'Draw', 'LateWeight', 'Looped',
+           'Latent', 'Path', 'RSSM', 'Scan', 'follow', 'Weigh', 'kl', 'entropy', 'balanced_kl', 'Dreamer']
 
 # %% ../../nbs/43_worlds.rssm.ipynb #b15013f4
 import math
@@ -44,6 +44,7 @@ class DreamerConfig(Config):
     dyn_discrete_top: int = 0       # classes of the top group; 0: dyn_discrete
     dyn_discrete_bottom: int = 0    # classes of the bottom group; 0: dyn_discrete
     debug_hierarchical: bool = False # statistics of the latents in the logs
+    background: bool = False        # see and draw only what differs from the median frame, enlarged (`Scenery`); dreamerv3-torch has no such thing
 
     @property
     def groups(self) -> list[tuple[int, int]]:
@@ -190,6 +191,38 @@ class ConvDecoder(nn.Module):
     def convolve(self, x):
         for conv, norm in zip(self.convs, self.norms): x = channel_norm(conv(x), norm)
         return self.convs[-1](x)
+
+# %% ../../nbs/43_worlds.rssm.ipynb #06a1328b
+class Scenery(nn.Module):
+    """What of a picture is news: its difference from the median frame, enlarged to a mean square of 1.
+
+    Both are measured on the first `batches` training batches and then stand still; they are in the `state_dict`."""
+    def __init__(self, shape: tuple[int, int, int], batches: int = 32, each: int = 16):
+        super().__init__()
+        self.batches, self.each, self.kept = batches, each, []              # kept: `each` frames of every batch so far
+        self.register_buffer("median", torch.full(shape, .5)); self.register_buffer("gain", torch.ones(()))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))     # batches
+
+    @torch.no_grad()
+    def learn(self, frames: UInt8[Tensor, "b t c h w"]) -> None:
+        "Take a training batch into account. A run that was interrupted in the middle of this begins to count anew."
+        if self.kept is None: return
+        n = len(self.kept)
+        if not n and self.seen >= self.batches: self.kept = None; return
+        x = frames.flatten(0, 1)
+        self.kept.append(x[torch.linspace(0, len(x) - 1, min(len(x), self.each), device=x.device).long()]); self.seen.fill_(n + 1)
+        if (n + 1) & n and n + 1 < self.batches: return                     # measured after 1, 2, 4, 8 ... batches, and after the last
+        x = torch.cat(self.kept)
+        self.median.copy_(x.median(0).values / 255)
+        self.gain.copy_(x.float().div_(255).sub_(self.median).square_().mean().clamp(min=1e-6).rsqrt())
+        if n + 1 == self.batches: self.kept = None
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        "What the encoder sees of pictures in [0, 1]; the decoder draws it too."
+        return (x - self.median) * self.gain
+    def inverse(self, y: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        "Pictures again."
+        return y / self.gain + self.median
 
 # %% ../../nbs/43_worlds.rssm.ipynb #d74a609b
 def mixed(logits: Float[Tensor, "... v"], unimix: float) -> Float[Tensor, "... v"]:
@@ -417,12 +450,14 @@ class Dreamer(WorldModel):
     def __init__(self, cfg: DreamerConfig, actions: int):
         super().__init__()
         self.cfg, self.actions = cfg.check(), actions
+        self.scenery = Scenery((cfg.channels, cfg.size, cfg.size)) if cfg.background else None
         self.encoder = ConvEncoder(cfg)
         self.rssm = self.make_rssm()
         self.feature_dim = self.rssm.z_dim + cfg.dyn_deter
         self.decoder, self.bins = ConvDecoder(cfg, self.feature_dim), SymlogBins()
         self.reward = Head(self.feature_dim, len(self.bins.centres), cfg.reward_layers, cfg.units, 0.)
         self.cont = Head(self.feature_dim, 1, cfg.cont_layers, cfg.units)
+        if cfg.background: uniform_(self.decoder.convs[-1], .01)            # at the start, the background and hardly anything else
         self._seen = None
 
     def make_rssm(self) -> RSSM:
@@ -431,9 +466,12 @@ class Dreamer(WorldModel):
 
     # ---- learning
     def pictures(self, frames: UInt8[Tensor, "... c h w"]) -> Float[Tensor, "n c h w"]:
-        "Frames in [-0.5, 0.5], leading axes flattened, channels last in memory."
-        x = frames.flatten(0, -4).to(memory_format=torch.channels_last).float()
-        return x.div_(255).sub_(.5)
+        "Frames in [-0.5, 0.5], or their difference from the background; leading axes flattened, channels last in memory."
+        x = frames.flatten(0, -4).to(memory_format=torch.channels_last).float().div_(255)
+        return self.scenery(x) if self.scenery else x.sub_(.5)
+    def shown(self, y: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        "The inverse of `pictures`, in [0, 1]."
+        return (self.scenery.inverse(y.float()) if self.scenery else y.float() + .5).clamp(0, 1)
 
     def path(self, seg: Segment, e: Tensor | None = None) -> tuple[Path, Float[Tensor, "n c h w"]]:
         "The posterior path along a segment (time first), and its pictures (batch first, flattened)."
@@ -450,7 +488,8 @@ class Dreamer(WorldModel):
         return came(seg.rewards), 1 - came(seg.terminated), known
 
     def loss(self, seg: Segment, e: Tensor | None = None):
-        "Reconstruction (summed over pixels), reward, continuation and balanced KL; the mean over frames, in nats."
+        "Reconstruction (summed over pixels as `pictures` has them), reward, continuation and balanced KL; the mean over frames, in nats."
+        if self.scenery and self.training: self.scenery.learn(seg.frames)
         path, x = self.path(seg, e)
         features = path.features.transpose(0, 1)
         parts = self.decoder.pieces(features.flatten(0, 1))
@@ -502,7 +541,7 @@ def step(self: Dreamer, state, action):
 @patch
 def features(self: Dreamer, state): return state.x
 @patch
-def decode(self: Dreamer, state): return (self.decoder(state.x).float() + .5).clamp(0, 1)
+def decode(self: Dreamer, state): return self.shown(self.decoder(state.x))
 @patch
 def repeat(self: Dreamer, state, n): return self.wrap(state.x.repeat_interleave(n, 0))
 
@@ -531,7 +570,8 @@ def diagnose(self: Dreamer, episodes: list[Segment], most: int = 256) -> dict:
         path, x = self.path(ep)
         views = self.views(self.wrap(path.features[:, 0].float()))
         row = {k: v.mean() for k, v in self.kls(path).items()} | {f"{k}_q90": v.float().quantile(.9) for k, v in self.kls(path).items()}
-        row |= {f"mse_{name}": F.mse_loss(self.decode(s), x + .5) for name, s in views.items()} | dict(mse_mean_frame=x.var(0, correction=0).mean())
+        x = self.shown(x)
+        row |= {f"mse_{name}": F.mse_loss(self.decode(s), x) for name, s in views.items()} | dict(mse_mean_frame=x.var(0, correction=0).mean())
         for k, v in row.items(): out[k] = out.get(k, 0.) + float(v) * ep.time
         n += ep.time
     return {k: v / n for k, v in out.items()} | dict(frames=n)
