@@ -161,7 +161,7 @@ PRESETS = dict(quick=quick, cpu=cpu, atari100k=atari100k, debug=debug)
 def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     "What a preset means for `shi` and `original-shi`, which learns its hierarchy beforehand. `atari100k` has the sizes and rates of the design."
     name, first = cfg.preset, world == "original-shi"
-    codes = dict(levels=3 if first else 1, codes=512)
+    codes = dict(levels=3 if first else 1, codes=512 if name == "atari100k" else 256)
     small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 5.))
     tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 5.))
     size, tokens = dict(atari100k=({}, {}), debug=(tiny, dict(depth=4, blocks=1, dim=16, codes=32, warm=2))).get(
@@ -171,7 +171,7 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     cfg = replace(cfg, world=world, warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
     updates = cfg.steps * cfg.replay_ratio / cfg.batch / cfg.length
     stages = dict(assign_after=round(.75 * cfg.warm_up), fine_tune=round(.75 * updates)) if first else {}
-    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=.3)
+    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=.6)
     return replace(cfg, model=WORLDS[world][0](tokens=TokenizerConfig(**codes | tokens), levels=levels, **size, **stages))
 
 # %% ../nbs/60_train.ipynb #cell-008

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GOOD', 'LEAST', 'SCENARIOS', 'SIGNS', 'CLAIM', 'HALF', 'BUDGET', 'ENOUGH', 'GAMES_EACH', 'BUDGETS', 'MORE_CSS',
            'Finding', 'equivalence', 'Saving', 'saving', 'Scenario', 'cheaper', 'listed', 'grouped', 'because',
-           'scenario', 'ticks', 'Figures', 'error_rows', 'read_run', 'side', 'check_comparable', 'Comparison',
-           'return_finding', 'error_finding', 'findings_of', 'game_findings', 'dreams', 'cost_savings',
+           'scenario', 'ticks', 'claimed', 'Figures', 'error_rows', 'read_run', 'side', 'check_comparable',
+           'Comparison', 'return_finding', 'error_finding', 'findings_of', 'game_findings', 'dreams', 'cost_savings',
            'training_savings', 'thin_evidence', 'weak_agents', 'unlike', 'limitations', 'Picture', 'tick_table',
            'picture_html', 'as_html', 'as_markdown', 'interval_picture', 'error_picture', 'attempt', 'head',
            'return_section', 'order_section', 'error_section', 'cost_section', 'sources', 'blocks_of', 'write_blocks',
@@ -45,7 +45,7 @@ class Finding:
     test: Difference | None = None       # paired t-test
     spread: Difference | None = None     # paired bootstrap
     reason: str = ""                     # why it was not tested
-    empty: str = ""                      # why even equivalence would show nothing
+    empty: str = ""                      # why it shows nothing, whatever the verdict
 
     @property
     def verdict(self) -> str:
@@ -62,7 +62,7 @@ class Finding:
         "Why it is not good, in a few words; empty if it is."
         if self.good: return ""
         if self.tost is None: return f"undecided ({self.pairs} pair{'s' * (self.pairs != 1)})"
-        return "empty" if self.verdict in GOOD else self.verdict
+        return "empty" if self.empty else self.verdict
 
     @property
     def within(self) -> str: return f"±{number(self.margin)}" if self.absolute else f"{100 * self.margin:.3g}%"
@@ -174,7 +174,7 @@ def grouped(findings: list[Finding], word) -> str:
 
 def because(names: tuple[str, str], findings: list[Finding], savings: list[Saving]) -> str:
     "What the findings and savings are, in sentences."
-    worse, vain = [f for f in findings if f.verdict == "worse"], [f for f in findings if f.fault == "empty"]
+    worse, vain = [f for f in findings if f.fault == "worse"], [f for f in findings if f.fault == "empty"]
     rest, known = [f for f in findings if not f.good and f not in worse + vain], [s for s in savings if s.verdict != "unknown"]
     parts = [f"worse in {listed(f.name for f in worse)}"] if worse else []
     parts += [grouped(x, word) for x, word in (([f for f in findings if f.good], lambda f: f.verdict), (rest, lambda f: f.fault)) if x]
@@ -185,9 +185,9 @@ def because(names: tuple[str, str], findings: list[Finding], savings: list[Savin
     return " ".join(said + [f"{s.name}: {100 * s.ratio:.3g}% of {names[1]}'s ({s.verdict})." for s in known if s.main or not few])
 
 def scenario(findings: list[Finding], savings: list[Saving], names: tuple[str, str] = ("ours", "the reference")) -> Scenario:
-    "Which scenario the findings and savings support; the rule is in the first eight lines."
+    "Which scenario the findings and savings support; the rule is these lines."
     judged, main = [f for f in findings if f.tost is not None], [f for f in findings if f.main]
-    worse, good, cheap = [f for f in judged if f.verdict == "worse"], [f for f in findings if f.good], cheaper(savings)
+    worse, good, cheap = [f for f in judged if f.fault == "worse"], [f for f in findings if f.good], cheaper(savings)
     if any(f.main for f in worse) or (worse and not good): name = "collapse"
     elif not judged or any(f.tost is None for f in main): name = "undecided"
     elif cheap is None: name = "undecided"
@@ -202,14 +202,19 @@ CLAIM, HALF = .71, .5           # published: 71% less training; asked of this li
 
 def ticks(findings: list[Finding], savings: list[Saving]) -> list[tuple[bool | None, str, str]]:
     "(answer, question, why) of everything that such a comparison claims; None: the figures do not decide."
-    state = lambda f: True if f.good else False if f.verdict == "worse" else None
+    state = lambda f: True if f.good else False if f.fault == "worse" else None
     out = [(state(f), f"{f.name}: equivalent or better within {f.within}", f.empty or f.fault or f.verdict) for f in findings]
     answer, figures = dict(cheaper=True, dearer=False), lambda s: s.reason if s.ratio is None else f"{100 * s.ratio:.3g}% ({s.span()})"
     out += [(answer.get(s.verdict), f"{s.name}: less than {s.names[1]}", figures(s)) for s in savings]
     for s in (s for s in savings if not s.main and s.ratio is not None):
         saved = f"{100 * (1 - s.ratio):.3g}% saved ({s.span(True)})"
-        out += [(s.at_least(HALF), f"{s.name}: at most half", saved), (s.at_least(CLAIM), f"{s.name}: the published {CLAIM:.0%} less", saved)]
+        out.append((s.at_least(HALF), f"{s.name}: at most half", saved))
+        if claimed(s.names): out.append((s.at_least(CLAIM), f"{s.name}: the published {CLAIM:.0%} less", saved))
     return out
+
+def claimed(names: tuple[str, str]) -> bool:
+    "Was the published claim made of such a comparison?"
+    return any("shi" in n for n in names)
 
 # %% ../../nbs/61_evaluate.compare.ipynb #296a889d
 BUDGET = .01                            # environment steps may differ by this share
@@ -326,15 +331,17 @@ def return_finding(c: Comparison) -> Finding:
     "The main finding: how well policies play."
     human = not any(g in UNSCORED for g in c.games)
     ours, theirs = c.values(lambda r: human_normalised(r.unit[0], r.mean) if human else r.mean)
-    chance = all(r.scores.get("beats_random") is False for r in c.theirs.values())
-    empty = f"no run of {c.names[1]} plays better than the random policy, so being as good as it shows nothing" if chance else ""
-    return equivalence("human-normalised return" if human else "return", ours, theirs, c.margin, names=c.names, per_game=not human, main=True, empty=empty)
+    f = equivalence("human-normalised return" if human else "return", ours, theirs, c.margin, names=c.names, per_game=not human, main=True)
+    chance = [all(r.scores.get("beats_random") is False for r in x.values()) for x in (c.ours, c.theirs)]
+    if all(chance): f.empty = "no run of either plays better than the random policy, so this shows nothing"
+    elif chance[1] and f.verdict != "better": f.empty = f"no run of {c.names[1]} plays better than the random policy, so this shows nothing"
+    return f
 
 def error_finding(c: Comparison, t: int) -> Finding:
     "The rollout error `t` steps ahead."
     ours, theirs = c.values(lambda r: r.errors[t]["world"]["mean"])
     blind = t > 0 and not any(r.beats_copy(t) for r in c.runs)
-    empty = f"no run of either is better than copying the last frame at t = {t}" if blind else ""
+    empty = f"no run of either is better than copying the last frame at t = {t}, so this shows nothing" if blind else ""
     return equivalence(f"rollout error at t = {t}" if t else "reconstruction error (t = 0)", ours, theirs, c.margin, False, c.names, empty=empty)
 
 def findings_of(c: Comparison, horizons=(0, 5, 10)) -> list[Finding]:
@@ -516,8 +523,10 @@ def head(c: Comparison, s: Scenario, findings, savings) -> list:
     "The answer, the figures behind it, the ticks."
     steps = " to ".join(dict.fromkeys(f"{f(r.steps for r in c.runs):,}" for f in (min, max)))
     about = f"{len(c.pairs)} pairs (game and seed) from {listed(c.games)} · {steps} environment steps · margin {100 * c.margin:.3g}% of the reference's mean"
-    first, tiles = findings[0], [("scenario", s.name, s.title), ("pairs", len(c.pairs), listed(c.games))]
-    if first.tost: tiles.append((first.name, " / ".join(f"{m:.3g}" for m in first.tost.means), f"{c.names[0]} / {c.names[1]}: {first.verdict}"))
+    first, tiles = findings[0], [("scenario", s.name, s.title if s.title != s.name else ""), ("pairs", len(c.pairs), listed(c.games))]
+    form = "{:.1%}" if first.name.startswith("human") else "{:.3g}"
+    said = f"{c.names[0]} / {c.names[1]}: {'shows nothing' if first.empty else first.verdict}"
+    if first.tost: tiles.append((first.name, " / ".join(map(form.format, first.tost.means)), said))
     tiles += [(x.name, f"{100 * x.ratio:.3g}%", f"of {c.names[1]}'s: {x.verdict}") for x in savings if x.ratio is not None]
     top = [("h1", f"{c.names[0]} against {c.names[1]}"), ("sub", about), ("lead", s.sentence), ("tiles", tiles)]
     return [*top, ("h2", "Claims"), ("ticks", ticks(findings, savings))]
@@ -576,7 +585,7 @@ def cost_section(c: Comparison, savings: list[Saving]) -> list:
         cols = ("game", "seed", *(f"{w}, {n}" for w in ("MFLOP a step", "ms a dream", "tokens kept", "M parameters") for n in c.names))
         out.append(("table", (cols, rows)))
     asked = f"Published, of ZS-SHI and Original SHI: {CLAIM:.0%} less training. The claims at the top hold these figures against it."
-    return [*out, ("note", asked)] if any(s.ratio is not None and not s.main for s in savings) else out
+    return [*out, ("note", asked)] if claimed(c.names) and any(s.ratio is not None and not s.main for s in savings) else out
 
 def sources(c: Comparison) -> list:
     "The runs, the commands, what their configs differ in."
@@ -614,7 +623,7 @@ def write_blocks(blocks: list, out: Path, title: str) -> Path:
 def compare(runs, against,                 # run folders: ours, and the reference's
             out: str | Path | None = None, # folder of the report; None: compare-OURS-REFERENCE beside the first run
             margin: float = .05) -> Path:  # share of the reference's mean that would not matter; fix it before looking
-    "Write a comparability report (index.html, report.md, compare.json, pictures); returns the page's path. Raises `HidreamerError` for what may not be compared."
+    "Write a comparability report (index.html, report.md, compare.json, pictures) and return the page's path. Raises for what may not be compared."
     check(np.isfinite(margin) and 0 < margin < 1, "margin", margin, "must lie between 0 and 1", "Use 0.05 for 5%.")
     c = Comparison.read(list(runs), list(against), margin)
     name = "compare-" + "-".join(n.split()[0] for n in c.names)

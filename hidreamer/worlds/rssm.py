@@ -194,9 +194,9 @@ class ConvDecoder(nn.Module):
 
 # %% ../../nbs/43_worlds.rssm.ipynb #06a1328b
 class Scenery(nn.Module):
-    """What of a picture is news: its difference from the median frame, enlarged to a mean square of 1.
+    """What of a picture is news: its difference from the median frame, times 1/sqrt(d), d being the root mean square of such differences.
 
-    Both are measured on the first `batches` training batches and then stand still; they are in the `state_dict`."""
+    Both numbers are measured on the first `batches` training batches and then stand still; they are in the `state_dict`."""
     def __init__(self, shape: tuple[int, int, int], batches: int = 32, each: int = 16):
         super().__init__()
         self.batches, self.each, self.kept = batches, each, []              # kept: `each` frames of every batch so far
@@ -214,7 +214,7 @@ class Scenery(nn.Module):
         if (n + 1) & n and n + 1 < self.batches: return                     # measured after 1, 2, 4, 8 ... batches, and after the last
         x = torch.cat(self.kept)
         self.median.copy_(x.median(0).values / 255)
-        self.gain.copy_(x.float().div_(255).sub_(self.median).square_().mean().clamp(min=1e-6).rsqrt())
+        self.gain.copy_(x.float().div_(255).sub_(self.median).square_().mean().clamp(min=1e-6).pow(-1 / 4))
         if n + 1 == self.batches: self.kept = None
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
