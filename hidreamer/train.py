@@ -24,6 +24,7 @@ from .core import Config, HidreamerError, Segment, autocast, check, find_device,
 from .data.envs import EnvConfig, game_id, make_envs
 from .data.replay import Collector, Replay, ReplayConfig
 from .dreamerv3 import fill_agent
+from .evaluate.costs import costs_json, rollout_cost
 from .evaluate.dream import dream
 from .evaluate.report import write_report
 from .evaluate.rollouts import rollout_error
@@ -106,6 +107,7 @@ class TrainConfig(Config):
         check(self.dream_batch % self.dream_repeat == 0, "dream_repeat", self.dream_repeat, f"must divide dream_batch={self.dream_batch}")
         check(not self.init or self.world in ("dreamer", "hdreamer"), "init", self.init, f"needs a world that can hold it, not {self.world}",
               "Use --world hdreamer.")
+        check(not (self.init and self.model.background), "model.background", True, "is nothing that a dreamerv3-torch checkpoint knows", "Use --model.no-background.")
         side = getattr(self.model, "tokens", self.model)
         shape = (side.channels, side.size, side.size)
         check(shape == self.atari.shape, "model", shape, f"must fit the environment's frames (channels, height, width), {self.atari.shape}")
@@ -162,8 +164,8 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     "What a preset means for `shi` and `original-shi`, which learns its hierarchy beforehand. `atari100k` has the sizes and rates of the design."
     name, first = cfg.preset, world == "original-shi"
     codes = dict(levels=3 if first else 1, codes=512 if name == "atari100k" else 256)
-    small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 5.))
-    tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 5.))
+    small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 1.))
+    tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 1.))
     size, tokens = dict(atari100k=({}, {}), debug=(tiny, dict(depth=4, blocks=1, dim=16, codes=32, warm=2))).get(
         name, (small, dict(depth=16, blocks=1, warm=100)))
     work = dict(atari100k=dict(batch=64, length=16, lr=3e-4, tokens_lr=3e-4, weight_decay=1e-4, max_grad=1.),
@@ -171,15 +173,15 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     cfg = replace(cfg, world=world, warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
     updates = cfg.steps * cfg.replay_ratio / cfg.batch / cfg.length
     stages = dict(assign_after=round(.75 * cfg.warm_up), fine_tune=round(.75 * updates)) if first else {}
-    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=.6)
+    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=1.)
     return replace(cfg, model=WORLDS[world][0](tokens=TokenizerConfig(**codes | tokens), levels=levels, **size, **stages))
 
 # %% ../nbs/60_train.ipynb #cell-008
 def recurrent(name: str) -> dict:
     "What a preset means for the worlds `dreamer` and `hdreamer`; `atari100k` is DreamerV3's own setting for these games."
-    size = dict(dyn_hidden=256, dyn_deter=256, units=256, cnn_depth=16)
+    size = dict(dyn_hidden=256, dyn_deter=256, units=256, cnn_depth=16, background=True)
     work = dict(learner="dreamer", warm_up=0, lr=1e-4, beta2=.999, weight_decay=0., lr_end=1., max_grad=1000., dream_context=16, dream_repeat=1)
-    brief = dict(batch=4, length=16, max_grad=10.)          # a tight clip: under 1000, a thousand updates left the KL at its floor
+    brief = dict(batch=4, length=16, max_grad=10., lr_end=.1)          # a tight clip: under 1000, a thousand updates left the KL at its floor
     more = dict(quick=dict(brief, lr=1e-3, replay_ratio=40., dream_ratio=60., dream_batch=256,
                            actor_critic=ActorCriticConfig(units=256, actor_lr=2e-4, critic_lr=2e-4, gamma=.99)),
                 cpu=dict(brief, batch=8, length=32, lr=5e-4, actor_critic=ActorCriticConfig(units=256, actor_lr=1e-4, critic_lr=1e-4)),
@@ -363,6 +365,7 @@ class Trainer:
             with autocast(self.device, cfg.precision):
                 errors = rollout_error(self.world, held, context=cfg.dream_context)
                 r.write_json("rollouts.json", errors.to_dict() | self.world.diagnose(held))
+                r.write_json("costs.json", self.costs(held))
                 dream(self.world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
             mine = evaluate(self.agent, cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
             chance = evaluate(RandomAgent(self.world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
@@ -371,6 +374,12 @@ class Trainer:
         self.run.log(self.clock["steps"], {"score/mean": mine.mean, "score/random": chance.mean, "time/evaluate": self.seconds["evaluate"]})
         write_report(r.path)
         return scores
+
+    def costs(self, held: list[Segment], rows: int = 64) -> dict:
+        "What dreaming and learning cost: operations and seconds of a dream of `rows` rows, seconds of all learning."
+        state = self.world.observe(held[0][:, :self.cfg.dream_context].to(self.device))
+        cost = rollout_cost(self.world, self.world.repeat(state, rows), self.cfg.horizon)
+        return costs_json({self.cfg.world: cost}, training_seconds=sum(self.seconds.get(k, 0.) for k in ("tokens", "world", "behaviour")))
 
     def close(self): self.envs.close(); self.run.close()
 

@@ -45,6 +45,7 @@ class MaskingConfig(Config):
     pace: float = .2             # how fast the multiplier follows it
     damping: float = 10.         # weight of half the squared violation, which keeps the multiplier from swinging
     most: float = 20.            # the multiplier stays within +- this
+    follow: float = 0.           # share of the way by which all thresholds together follow the batch's quantile, per update
 
     def check(self):
         check(0 < self.sparsity < 1, "masking.sparsity", self.sparsity, "must lie between 0 and 1, both excluded", "To drop nothing, use the dense world.")
@@ -52,6 +53,7 @@ class MaskingConfig(Config):
         check(0 <= self.decay < 1, "masking.decay", self.decay, "must lie in [0, 1)")
         for name in ("temperature", "pace", "most"): check(getattr(self, name) > 0, f"masking.{name}", getattr(self, name), "must be above 0")
         check(self.damping >= 0, "masking.damping", self.damping, "must not be negative")
+        check(0 <= self.follow <= 1, "masking.follow", self.follow, "must lie in [0, 1]", "0 leaves the share to the multiplier alone.")
         return super().check()
 
 # %% ../../nbs/35_nets.masking.ipynb #b1706758
@@ -87,8 +89,9 @@ class Importance(nn.Module):
     @property
     def weights(self) -> Float[Tensor, "3"]: return F.softplus(self.raw)
 
-    def score(self, p: Float[Tensor, "... n l"], causal: Tensor | None = None, uncertainty: Tensor | None = None) -> Float[Tensor, "... n"]:
-        "Weighted signals minus threshold, at temperature 1. A signal that is None says nothing."
+    def score(self, p: Float[Tensor, "... n l"], causal: Tensor | None = None, uncertainty: Tensor | None = None,
+              prior: Float[Tensor, "n"] | None = None) -> Float[Tensor, "... n"]:
+        "Weighted signals minus threshold, plus what the place itself is worth; at temperature 1. A signal that is None says nothing."
         check(p.shape[-1] == len(self.rank), "levels.shape", tuple(p.shape), f"must end in {len(self.rank)} levels")
         for name, x in (("causal", causal), ("uncertainty", uncertainty)):
             check(x is None or x.shape == p.shape[:-1], f"{name}.shape", x is not None and tuple(x.shape), f"must be {tuple(p.shape[:-1])}, one per token")
@@ -99,7 +102,7 @@ class Importance(nn.Module):
             if uncertainty is not None:
                 u = uncertainty.float()
                 s = s + w[2] * u / (u + u.mean(-1, keepdim=True) + 1e-8)
-            return s
+            return s if prior is None else s + prior
 
 # %% ../../nbs/35_nets.masking.ipynb #d327ffff
 class SoftMask(Importance):
@@ -107,7 +110,7 @@ class SoftMask(Importance):
     def __init__(self, cfg: MaskingConfig, levels: int = 3):
         super().__init__(levels)
         self.cfg = cfg.check()
-        for name in ("multiplier", "violation"): self.register_buffer(name, torch.zeros(()))
+        for name in ("multiplier", "violation", "centre"): self.register_buffer(name, torch.zeros(()))
         self.register_buffer("ready", torch.tensor(False)); self._ready = False      # were the thresholds set? (the copy spares a GPU's wait)
 
     @torch.no_grad()
@@ -121,6 +124,7 @@ class SoftMask(Importance):
                 uncertainty: Float[Tensor, "... n"] | None = None,   # at least 0, in any unit
                 imposed: Tensor | None = None,                  # use this mask (... n) instead: ablations, random drop
                 mode: str | None = None,                        # noisy, soft or hard; None: noisy while learning, hard in evaluation
+                prior: Float[Tensor, "n"] | None = None,        # worth of the places themselves, in the score's unit
                 ) -> Gates:
         "The gates. `soft` and `hard` are deterministic, and gradients pass in every mode."
         if imposed is not None:
@@ -128,10 +132,13 @@ class SoftMask(Importance):
             return imposed_gates(imposed)
         mode = mode or ("noisy" if self.training else "hard")
         check(mode in ("noisy", "soft", "hard"), "mode", mode, "must be noisy, soft or hard")
-        score = self.score(p, causal, uncertainty)
+        score = self.score(p, causal, uncertainty, prior)
         if self.training and not self._ready:
-            if not self.ready: self.calibrate(score); score = self.score(p, causal, uncertainty)
+            if not self.ready: self.calibrate(score); score = self.score(p, causal, uncertainty, prior)
             self._ready = True
+        if self.training and self.cfg.follow:
+            self.centre.lerp_(score.detach().flatten()[:2**24].quantile(self.cfg.sparsity), self.cfg.follow)
+        score = score - self.centre
         logit = score / self.cfg.temperature
         if mode == "hard" or self.cfg.gate == "straight" and mode == "noisy": return Gates(straight(logit, mode == "noisy"), logit)
         return Gates(concrete(logit, mode == "noisy"), logit)

@@ -31,7 +31,7 @@ class SHIConfig(Config):
     "Sizes and losses of `SHI`, and of the baselines that differ from it in `mask` only."
     tokens: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(levels=1, codes=512, warm=100))
     levels: LevelsConfig = field(default_factory=LevelsConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(follow=.1))
     spartan: SpartanConfig = field(default_factory=SpartanConfig)
     mask: str = "learned"       # learned; random: the same share, anywhere; dense: nothing is dropped
     causal: bool = True         # does the mask listen to the causal graph?
@@ -404,6 +404,7 @@ class TokenWorld(TokenTraining):
 @dataclass
 class Signals:
     "What the mask listens to, token by token."
+    tokens: Float[Tensor, "b n d"]          # as the levels see them
     levels: Float[Tensor, "b n l"]
     causal: Float[Tensor, "b n"] | None
     surprise: Float[Tensor, "b n"]          # nats
@@ -414,7 +415,9 @@ class SHI(TokenWorld):
     def __init__(self, cfg: SHIConfig, actions: int):
         super().__init__(cfg, actions)
         self.surprise = nn.Sequential(nn.Conv2d(cfg.history * cfg.code_dim, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 1, 1))
+        self.spread = nn.BatchNorm1d(cfg.width, affine=False)           # tokens have much in common; levels are about what differs
         self.levels, self.mask = Levels(cfg.levels, cfg.width), SoftMask(cfg.masking, cfg.levels.levels)
+        self.prior = nn.Parameter(torch.linspace(-.15, .15, self.n)[torch.randperm(self.n)])    # equals must be told apart
         self.causes, self.reference = Causes(cfg, self.n, actions), Causes(cfg, self.n, actions, DenseAttention)
         self.budget = PathBudget(cfg.spartan, 1.)
 
@@ -432,18 +435,19 @@ class SHI(TokenWorld):
         if given is not None: given = given.expand(len(x), *given.shape)
         surprise = F.softplus(self.surprise(e.detach().transpose(1, 2).unflatten(2, (g, g)))).flatten(1).float()
         with torch.no_grad(): causal = self.causes.score(e, action) if self.cfg.causal else None
-        seen = Signals(self.levels(x, imposed=given), causal, surprise)
-        return seen, self.mask(seen.levels, causal, surprise.detach(), mode=mode)
+        x = self.spread(x.flatten(0, 1).float()).view(x.shape)
+        seen = Signals(x, self.levels(x, imposed=given), causal, surprise)
+        return seen, self.mask(seen.levels, causal, surprise.detach(), mode=mode, prior=self.prior)
 
     def more_losses(self, codes, e, seg, seen, gates, x, nll):
         yield from super().more_losses(codes, e, seg, seen, gates, x, nll)
         if seen is None: return
-        yield self.hierarchy_loss(seen, gates, x, nll)
+        yield self.hierarchy_loss(seen, gates, nll)
         if self.cfg.causal: yield self.causal_loss(e.detach(), seg)
 
-    def hierarchy_loss(self, s: Signals, gates: Gates, x, nll):
+    def hierarchy_loss(self, s: Signals, gates: Gates, nll):
         "Levels that say much about a token, the wanted share of gates open, and surprise that is what it says."
-        information = self.levels.information(x)
+        information = self.levels.information(s.tokens.detach())       # prototypes move to the tokens, not tokens to the prototypes
         surprise = F.smooth_l1_loss(s.surprise.log1p(), nll.detach().log1p())
         total = surprise - self.cfg.levels.weight * information + self.mask.constraint_loss(gates)
         return total * self.n, dict(information=information.detach(), surprise=surprise.detach(), multiplier=self.mask.multiplier.clone(),
