@@ -107,7 +107,7 @@ class TrainConfig(Config):
         check(self.dream_batch % self.dream_repeat == 0, "dream_repeat", self.dream_repeat, f"must divide dream_batch={self.dream_batch}")
         check(not self.init or self.world in ("dreamer", "hdreamer"), "init", self.init, f"needs a world that can hold it, not {self.world}",
               "Use --world hdreamer.")
-        check(not (self.init and self.model.background), "model.background", True, "is nothing that a dreamerv3-torch checkpoint knows", "Use --model.no-background.")
+        check(not (self.init and self.model.background), "model.background", True, "is unknown to dreamerv3-torch checkpoints", "Use --model.no-background.")
         side = getattr(self.model, "tokens", self.model)
         shape = (side.channels, side.size, side.size)
         check(shape == self.atari.shape, "model", shape, f"must fit the environment's frames (channels, height, width), {self.atari.shape}")
@@ -173,7 +173,7 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     cfg = replace(cfg, world=world, warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
     updates = cfg.steps * cfg.replay_ratio / cfg.batch / cfg.length
     stages = dict(assign_after=round(.75 * cfg.warm_up), fine_tune=round(.75 * updates)) if first else {}
-    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=1.)
+    levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=1., least=.12)
     return replace(cfg, model=WORLDS[world][0](tokens=TokenizerConfig(**codes | tokens), levels=levels, **size, **stages))
 
 # %% ../nbs/60_train.ipynb #cell-008
@@ -182,14 +182,15 @@ def recurrent(name: str) -> dict:
     size = dict(dyn_hidden=256, dyn_deter=256, units=256, cnn_depth=16, background=True)
     work = dict(learner="dreamer", warm_up=0, lr=1e-4, beta2=.999, weight_decay=0., lr_end=1., max_grad=1000., dream_context=16, dream_repeat=1)
     brief = dict(batch=4, length=16, max_grad=10., lr_end=.1)          # a tight clip: under 1000, a thousand updates left the KL at its floor
-    more = dict(quick=dict(brief, lr=1e-3, replay_ratio=40., dream_ratio=60., dream_batch=256,
-                           actor_critic=ActorCriticConfig(units=256, actor_lr=2e-4, critic_lr=2e-4, gamma=.99)),
-                cpu=dict(brief, batch=8, length=32, lr=5e-4, actor_critic=ActorCriticConfig(units=256, actor_lr=1e-4, critic_lr=1e-4)),
+    more = dict(quick=dict(brief, lr=1e-3, replay_ratio=27., dream_ratio=200., dream_batch=64,
+                           actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4, gamma=.99)),
+                cpu=dict(brief, batch=8, length=32, lr=5e-4, dream_ratio=60., dream_batch=128,
+                         actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4)),
                 atari100k=dict(batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
                 debug=dict(dream_context=4, actor_critic=ActorCriticConfig(units=16)))[name]
     if name == "atari100k": size = {}
     if name == "debug": size = dict(dyn_hidden=32, dyn_deter=32, units=16, cnn_depth=4, dyn_stoch=8, dyn_discrete=8, dyn_stoch_top=4, dyn_stoch_bottom=4,
-                                    dyn_discrete_top=8, dyn_discrete_bottom=8)
+                                    dyn_discrete_top=8, dyn_discrete_bottom=8, background=True)
     return work | more | dict(model=size)
 
 def preset(name: str, world: str = "hidreamer") -> TrainConfig:

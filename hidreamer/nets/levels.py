@@ -26,12 +26,14 @@ class LevelsConfig(Config):
     steps: int = 50_000          # environment steps from `start` to `end`
     weight: float = .1           # of the mutual information in the loss (nats)
     hard: bool = False           # in evaluation, put every token wholly into its likeliest level
+    least: float = 0.            # while learning, a level with a smaller share of the tokens is favoured more and more; 0: never
 
     def check(self):
         check(self.levels >= 2, "levels.levels", self.levels, "must be at least 2", "One level is no hierarchy.")
         check(self.assign in ASSIGN, "levels.assign", self.assign, f"must be one of {', '.join(ASSIGN)}")
         for name in ("start", "end"): check(getattr(self, name) > 0, f"levels.{name}", getattr(self, name), "is a temperature and must be above 0")
         check(self.steps >= 1, "levels.steps", self.steps, "must be at least 1 environment step")
+        check(0 <= self.least < 1 / self.levels, "levels.least", self.least, f"must be at least 0 and below 1/levels = {1 / self.levels:.3f}")
         check(self.weight >= 0, "levels.weight", self.weight, "must not be negative", "0 switches the regulariser off.")
         return super().check()
 
@@ -65,14 +67,15 @@ class Levels(nn.Module):
         scale = 1. if cfg.assign == "prototypes" else width ** -.5          # prototypes lie where normalised tokens lie
         self.weight = nn.Parameter(torch.randn(cfg.levels, width) * scale)  # one prototype, or one direction, per level
         self.register_buffer("temperature", torch.tensor(float(cfg.start)))
+        self.register_buffer("favour", torch.zeros(cfg.levels))
 
     def logits(self, x: Float[Tensor, "... n d"]) -> Float[Tensor, "... n l"]:
         "Scores at temperature 1, without noise; float32, under autocast too."
         check(x.shape[-1] == self.width, "tokens.shape", tuple(x.shape), f"must end in the width {self.width}")
         with torch.autocast(x.device.type, enabled=False):
             x, w = F.layer_norm(x.float(), x.shape[-1:]), self.weight.float()
-            if self.cfg.assign == "projection": return x @ w.T
-            return (2 * x @ w.T - x.square().sum(-1, keepdim=True) - w.square().sum(-1)) / self.width ** .5
+            if self.cfg.assign == "projection": return x @ w.T + self.favour
+            return (2 * x @ w.T - x.square().sum(-1, keepdim=True) - w.square().sum(-1)) / self.width ** .5 + self.favour
 
     def forward(self, x: Float[Tensor, "... n d"],      # (b n d) or (b t n d)
                 imposed: Tensor | None = None,          # use these levels, whole numbers (... n), or probabilities (... n l)
@@ -81,6 +84,7 @@ class Levels(nn.Module):
         "Probability of each level, for every token."
         if imposed is not None: return self.impose(x, imposed)
         s = self.logits(x)
+        if self.training and self.cfg.least: self.favour += .1 * (level_usage(s.softmax(-1)) < self.cfg.least)
         if self.training and self.cfg.assign == "projection": s = s - torch.empty_like(s).exponential_().log()   # + Gumbel noise
         p = (s / self.temperature).softmax(-1)
         if hard is None: hard = self.cfg.hard and not self.training
