@@ -4,13 +4,14 @@ import json
 import pytest
 
 
-@pytest.mark.parametrize("world", ["dreamer", "hdreamer"])
-def test_a_world_is_an_option(tmp_path, hidreamer, world):
+@pytest.mark.parametrize("world, log", [("dreamer", "kl"), ("hdreamer", "kl"), ("shi", "kept_changed"), ("original-shi", "nll_changed")])
+def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
     folder = tmp_path / "run"
     hidreamer("train", "--world", world, "--env", "Pong", "--preset", "debug", "--run", folder, check=0)
     assert len(json.loads((folder / "scores.json").read_text())["returns"]) == 2
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert any("world/kl" in k for row in rows for k in row)
+    assert any(f"world/{log}" in k for row in rows for k in row)
+    assert json.loads((folder / "costs.json").read_text())["rollout"][world]["flops"] > 0
     hidreamer("train", "--run", folder, check=0)                       # resumes without being told which world it is
     hidreamer("dream", folder, "--horizon", 10, check=0)
     assert (folder / "dream.gif").stat().st_size > 1000
@@ -20,3 +21,13 @@ def test_a_world_is_an_option(tmp_path, hidreamer, world):
 def test_a_world_cannot_change_on_resume(tmp_path, hidreamer):
     done = hidreamer("train", "--world", "dremer", "--run", tmp_path / "run", check=2)
     assert "Nearest: dreamer" in " ".join(done.stderr.split())
+
+
+def test_two_worlds_are_compared(tmp_path, hidreamer):
+    run = {w: tmp_path / w for w in ("shi", "dreamer")}
+    for world, folder in run.items(): hidreamer("train", "--world", world, "--env", "Pong", "--preset", "debug", "--run", folder, check=0)
+    hidreamer("compare", run["shi"], "--against", run["dreamer"], "--out", tmp_path / "page", check=0)
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert "undecided" in page and "1 pair" in page                     # one seed of one game decides nothing
+    same = hidreamer("compare", run["shi"], "--against", run["shi"], "--out", tmp_path / "same", check=2)
+    assert "both" in same.stderr and not (tmp_path / "same").exists()

@@ -6,8 +6,8 @@
 __all__ = ['OBJECTS', 'SETTINGS', 'REST', 'KINDS', 'SpartanConfig', 'Coin', 'GatedAttention', 'DenseAttention', 'OpenDenominator',
            'SpartanBlock', 'Spartan', 'expected_paths', 'paths', 'parents', 'PathBudget', 'RawBudget', 'off_diagonal',
            'off_diagonal_mean', 'causal_score', 'turn', 'Transition', 'true_graph', 'KnownGraph', 'hamming', 'rollout',
-           'best_threshold', 'ObjectModel', 'fit', 'removal', 'dense_graph', 'measure', 'adapt', 'adaptation', 'study',
-           'main']
+           'best_threshold', 'ObjectModel', 'fit', 'target_error', 'removal', 'dense_graph', 'measure', 'adapt',
+           'adaptation', 'study', 'main']
 
 # %% ../../nbs/34_nets.spartan.ipynb #8757c0a2
 from collections.abc import Callable, Sequence
@@ -212,7 +212,7 @@ def causal_score(gates: Float[Tensor, "b l m m"],   # of `Spartan`
                  into: Sequence[int],               # tokens that matter, such as reward and agent
                  n: int | None = None,              # score the first n tokens; None: all
                  ) -> Float[Tensor, "b n"]:
-    "How much the tokens `into` depend on every token, in [0, 1]: log(1 + expected paths), divided by that of the strongest cause; tokens `into` themselves score 1."
+    "How much the tokens `into` depend on each, in [0, 1]: log(1 + expected paths) / that of the strongest cause; `into` themselves score 1."
     m, into = gates.shape[-1], list(into)
     check(len(into) > 0 and all(-m <= i < m for i in into), "into", into, f"must name tokens between 0 and {m - 1}")
     own = torch.zeros(m, device=gates.device); own[into] = 1.
@@ -279,7 +279,8 @@ class KnownGraph:
         driven = on("door", "wheel")
         reward, rest = (cart + door)[:, :1], REST[setting]
         new = torch.stack([.8 * agent + .4 * action, .6 * box + .6 * on("box", "agent") * turn(agent, .8), .4 * cart + .6 * turn(box, 1.), turn(wheel, .6),
-                           (.9 - .6 * driven) * door + .8 * driven * wheel, rest + .3 * lamp + .8 * on("lamp", "wheel") * wheel - .8 * on("lamp", "agent") * agent,
+                           (.9 - .6 * driven) * door + .8 * driven * wheel,
+                           rest + .3 * lamp + .8 * on("lamp", "wheel") * wheel - .8 * on("lamp", "agent") * agent,
                            turn(cloud, -.4), F.pad(reward, (0, 1))], 1)
         expected, new = new - x, new + self.noise * torch.randn(new.shape, generator=self.random); new[:, -1, 1] = 0
         tokens = torch.cat([x, F.pad(action.unsqueeze(1), (0, 0, 0, len(OBJECTS) - 1))], -1)
@@ -361,6 +362,11 @@ def fit(attention: type[GatedAttention] = GatedAttention,
 
 # %% ../../nbs/34_nets.spartan.ipynb #5a3f8678
 @torch.no_grad()
+def target_error(model: ObjectModel, seed: int = 3) -> float:
+    "Error of a dense model on 20,000 fresh transitions: the target for others. (The mean of its last updates is far too noisy a target.)"
+    return model.error(KnownGraph(2000, 5000 + seed).steps(10)).mean().item()
+
+@torch.no_grad()
 def removal(model: ObjectModel, seen: Transition) -> dict[str, float]:
     "Growth (share) of the error when non-causes are taken out: `one` at a time, the `cloud`, or `all` of them at once."
     n, base = len(OBJECTS), model.error(seen, clean=True); own, before, after = torch.eye(n, dtype=torch.bool), 0., 0.
@@ -429,8 +435,8 @@ def study(seeds: Sequence[int], steps: int = 1600, kinds: Sequence[str] = tuple(
         target = None
         for kind in ("dense", *(k for k in kinds if k != "dense")):
             attention, budget = KINDS[kind]; begin = time.process_time()
-            model, log = fit(attention, budget and budget(SpartanConfig(), target), seed=seed, steps=steps)
-            if kind == "dense": target = sum(row[1] for row in log[-10:]) / 10
+            model, _ = fit(attention, budget and budget(SpartanConfig(), target), seed=seed, steps=steps)
+            if kind == "dense": target = target_error(model)
             rows.append(dict(kind=kind, seed=seed, steps=steps, seconds=time.process_time() - begin, target=target, **measure(model),
                              adaptation={SETTINGS[i]: adaptation(model, i) for i in (1, 3)}))
     return rows
