@@ -34,9 +34,9 @@ class SpartanConfig(Config):
     lead: float = 12.       # added on top at first, so that all gates begin open; `anneal` takes it away
     relax: float = 3.       # gradients see a sigmoid this much wider, so that gates that have decided can change their mind
     slack: float = .05      # the error may be this share above the dense model's
-    start: float = 40.      # multiplier at the beginning: weight of error / target against paths
+    start: float = 10.      # multiplier at the beginning: weight of error / target against paths
     least: float = .5       # the multiplier stays between these
-    most: float = 40.
+    most: float = 10.
     decay: float = .95      # of the running mean of the violation, per update
     pace: float = .03       # largest change of the multiplier's logarithm, per update
     scale: float = .1       # violation at which the pace is nearly reached
@@ -348,7 +348,7 @@ def fit(attention: type[GatedAttention] = GatedAttention,
     opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4, fused=True)
     for i in range(steps):
         model.spartan.anneal(2.5 * i / steps)
-        opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 200, 2.5 * (1 - i / steps) + .01)
+        opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 200, 1.5 * (1 - i / steps) + .01)
         rows = torch.randint(len(data.tokens), (batch,))
         y, gates = model(data.tokens[rows], data.setting[rows])
         error = (y - data.change[rows]).square().mean()
@@ -451,7 +451,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for seed in args.seeds:
         rows += study([seed], args.steps, args.kinds)
-        args.out.write_text(json.dumps(dict(command=f"python -m hidreamer.nets.spartan --seeds {' '.join(map(str, args.seeds))} --steps {args.steps}",
+        args.out.write_text(json.dumps(dict(command=f"python -m hidreamer.nets.spartan --seeds {' '.join(map(str, args.seeds))} "
+                                                    f"--steps {args.steps} --kinds {' '.join(args.kinds)}",
                                             torch=torch.__version__, rows=rows), indent=1))
 
 # %% ../../nbs/34_nets.spartan.ipynb #138193c2

@@ -228,6 +228,7 @@ class TokenTraining(TokenNet):
                  mask: Tensor | None = None,            # which places to imagine, bool (n,)
                  soft: bool = False):                   # imagine with soft gates, nothing gathered away
         "Inside the block levels or mask are these, not the learned ones: for ablations, and to compare soft with hard."
+        check(mask is None or mask.shape == (self.n,), "mask.shape", mask is not None and tuple(mask.shape), f"must be ({self.n},), one for each place")
         was = self.given, self.soft
         self.given, self.soft = dict(levels=levels, mask=mask), soft
         try: yield self
