@@ -150,22 +150,24 @@ def story(result: dict) -> list[str]:
     "What a study shows, in sentences that depend on its figures alone."
     runs, c = result["runs"], result["config"]
     n, updates = len(runs), round(c["steps"] * c["replay_ratio"] / (c["batch"] * c["length"]))
-    span = lambda values: "{:.2f} to {:.2f}".format(min(values), max(values))
+    span = lambda values: f"{min(values):.2f} to {max(values):.2f}"
     said = lambda k: {0: "none", n: "all"}.get(k, str(k))
     cost = np.mean([sum(r["seconds"].get(k, 0) for k in ("collect", "world", "behaviour")) for r in runs]) / 60
     out = [f"{n} runs on {result['env']}: {c['steps']:,} steps each, of which {c['random_steps']:,} were played at random, {updates:,} updates of the world, "
            f"{cost:.1f} minutes of learning on average (wall clock on a shared machine)."]
     ratio = [drawn(r) for r in runs]
-    out += [f"**Drawing.** On games that none has seen, {said(sum(x < 1 for x in ratio))} of {n} worlds draw better than the mean frame; their error is {span(ratio)} of the mean frame's."]
+    out += [f"**Drawing.** On games that none has seen, {said(sum(x < 1 for x in ratio))} of {n} worlds draw better than the mean frame; "
+            f"their error is {span(ratio)} of the mean frame's."]
     for t in (5, 10):
         share = [r["same_games"][f"world_{t}"] / r["same_games"][f"copy_{t}"] for r in runs]
-        out += [f"**Imagining {t} steps.** {said(sum(x < 1 for x in share)).capitalize()} of {n} worlds beat copying the last frame; their error is {span(share)} of copying's."]
+        out += [f"**Imagining {t} steps.** {said(sum(x < 1 for x in share)).capitalize()} of {n} worlds beat copying the last frame; "
+                f"their error is {span(share)} of copying's."]
     out += ["**Knowing.** $R^2$ of a linear map from the state to positions, on stretches that neither world nor map has seen: " + ", ".join(
             f"{k.replace('_', ' ')} {span([r['probes'][k]['all'] for r in runs])}" for k in runs[0]["probes"] if k.startswith(("player", "ball"))) +
             ". Zero is as good as the mean, and below zero the map misleads."]
     beaten = sum(r["interval"] is not None and r["interval"][0] > r["random"] for r in runs)
-    return out + [f"**Playing.** {said(beaten).capitalize()} of {n} policies play better than random play (lower end of the interval above its mean); mean returns "
-                  f"{span([r['mean'] for r in runs])}, random {span([r['random'] for r in runs])}."]
+    return out + [f"**Playing.** {said(beaten).capitalize()} of {n} policies play better than random play (lower end of the interval above its mean); "
+                  f"mean returns {span([r['mean'] for r in runs])}, random {span([r['random'] for r in runs])}."]
 
 # %% ../../nbs/71_studies.hdreamer.ipynb #80b039e8
 MEASURES = {"error of what is drawn, share of the mean frame's": drawn, "error 5 steps ahead (x 1000)": lambda r: r["same_games"]["world_5"],
