@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from ..behave.agent import RandomAgent
 from ..core import Segment, autocast, check, count_parameters, seed_everything
+from ..evaluate.costs import compare_costs
 from ..evaluate.rollouts import rollout_error
 from ..run import provenance
 from ..train import TrainConfig, Trainer, held_out, preset
@@ -119,7 +120,6 @@ def main(arguments: list[str] | None = None) -> None:
 # %% ../../nbs/72_studies.shi.ipynb #771c4251
 def dream_costs(name: str, batch: int = 64, repeats: int = 11):
     "Cost of dreams of `shi`, `random` and `dense` in the size of preset `name`, untrained: what is computed does not depend on what was learned."
-    from hidreamer.evaluate.costs import compare_costs
     model, worlds = preset(name, "shi").model, {}
     seg = Segment(torch.randint(256, (batch, 8, 3, 64, 64), dtype=torch.uint8), torch.zeros(batch, 8, dtype=torch.long), torch.zeros(batch, 8),
                   *(torch.zeros(batch, 8, dtype=torch.bool) for _ in range(2)))
