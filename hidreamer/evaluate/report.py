@@ -265,9 +265,8 @@ def dreams(f: Folder) -> str:
     "The film and its strip, then the rollout error."
     gif, strip, out = f.path/"dream.gif", f.path/"dream.png", "<h2>What it dreams</h2>"
     if gif.exists():
-        out += ("<p>The world watches a few real frames, then only the true actions reach it and it imagines the rest. Below, where the "
-                "world has codes: the real frame rebuilt from the coarse codes alone and with more levels. The start was drawn at "
-                "random.</p>"
+        out += ("<p>The world watches a few real frames, then only the true actions reach it and it imagines the rest. Below, what "
+                "the parts of the world's hierarchy make of the real frames, for a world that can show it. The start was drawn at random.</p>"
                 f'<figure><img alt="real frames beside imagined ones" src="{embed(gif)}"></figure>')
     else: out += missing("No film yet.", f"hidreamer dream {f.path}")
     if strip.exists(): out += f'<figure class="card strip"><img alt="strip of real and imagined frames" src="{embed(strip)}"></figure>'
