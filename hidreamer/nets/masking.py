@@ -110,7 +110,7 @@ class SoftMask(Importance):
     def __init__(self, cfg: MaskingConfig, levels: int = 3):
         super().__init__(levels)
         self.cfg = cfg.check()
-        for name in ("multiplier", "violation", "centre"): self.register_buffer(name, torch.zeros(()))
+        for name in ("multiplier", "violation", "centre", "gap"): self.register_buffer(name, torch.zeros(()))
         self.register_buffer("ready", torch.tensor(False)); self._ready = False      # were the thresholds set? (the copy spares a GPU's wait)
 
     @torch.no_grad()
@@ -118,6 +118,12 @@ class SoftMask(Importance):
         "Shift all thresholds so that the share `cfg.sparsity` of these scores is dropped."
         self.thresholds += score.flatten()[:2**24].quantile(self.cfg.sparsity)
         self.ready.fill_(True); self._ready = True
+
+    @torch.no_grad()
+    def settle(self, p, causal=None, uncertainty=None, prior=None) -> None:
+        "Evaluation's own threshold follows the quantile of these scores: for signals that are others there, as behind batch normalisation."
+        score = self.score(p, causal, uncertainty, prior) - self.centre
+        self.gap.lerp_(score.flatten()[:2**24].quantile(self.cfg.sparsity), self.cfg.follow)
 
     def forward(self, p: Float[Tensor, "... n l"],              # level probabilities
                 causal: Float[Tensor, "... n"] | None = None,   # in [0, 1] and spread over it; None switches the signal off
@@ -138,7 +144,7 @@ class SoftMask(Importance):
             self._ready = True
         if self.training and self.cfg.follow:
             self.centre.lerp_(score.detach().flatten()[:2**24].quantile(self.cfg.sparsity), self.cfg.follow)
-        score = score - self.centre
+        score = score - self.centre if self.training else score - self.centre - self.gap
         logit = score / self.cfg.temperature
         if mode == "hard" or self.cfg.gate == "straight" and mode == "noisy": return Gates(straight(logit, mode == "noisy"), logit)
         return Gates(concrete(logit, mode == "noisy"), logit)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKS', 'SHIConfig', 'GatedBlock', 'neighbours', 'Body', 'Causes', 'TokenNet', 'TokenTraining', 'SHIState',
-           'TokenWorld', 'RunningNorm', 'Signals', 'SHI', 'OriginalSHIConfig', 'OriginalSHI']
+           'TokenWorld', 'Signals', 'SHI', 'OriginalSHIConfig', 'OriginalSHI']
 
 # %% ../../nbs/42_worlds.shi.ipynb #468f0354
 from contextlib import contextmanager
@@ -401,16 +401,6 @@ class TokenWorld(TokenTraining):
         if gates is None: return out
         return out | {f"sparsity_{k}": v for k, v in gates.sparsity().items()} | dict(kept_changed=(gates.hard & changed).sum() / changed.sum().clamp(min=1))
 
-# %% ../../nbs/42_worlds.shi.ipynb #d75a2862
-class RunningNorm(nn.BatchNorm1d):
-    "Batch normalisation by the running mean and variance, in learning as in evaluation."
-    def __init__(self, width: int): super().__init__(width, affine=False)
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        if self.training:
-            with torch.no_grad(): super().forward(x.flatten(0, -2))
-        mean, var = self.running_mean.clone(), self.running_var.clone()     # they move on before the gradient comes
-        return (x - mean) * (var + self.eps).rsqrt()
-
 # %% ../../nbs/42_worlds.shi.ipynb #66e650ed
 @dataclass
 class Signals:
@@ -426,7 +416,7 @@ class SHI(TokenWorld):
     def __init__(self, cfg: SHIConfig, actions: int):
         super().__init__(cfg, actions)
         self.surprise = nn.Sequential(nn.Conv2d(cfg.history * cfg.code_dim, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 1, 1))
-        self.spread = RunningNorm(cfg.width)
+        self.spread = nn.BatchNorm1d(cfg.width, affine=False)           # tokens have much in common; levels are about what differs
         self.levels, self.mask = Levels(cfg.levels, cfg.width), SoftMask(cfg.masking, cfg.levels.levels)
         self.prior = nn.Parameter(torch.linspace(-.15, .15, self.n)[torch.randperm(self.n)])    # equals must be told apart
         self.causes, self.reference = Causes(cfg, self.n, actions), Causes(cfg, self.n, actions, DenseAttention)
@@ -446,7 +436,7 @@ class SHI(TokenWorld):
         if given is not None: given = given.expand(len(x), *given.shape)
         surprise = F.softplus(self.surprise(e.detach().transpose(1, 2).unflatten(2, (g, g)))).flatten(1).float()
         with torch.no_grad(): causal = self.causes.score(e, action) if self.cfg.causal else None
-        x = self.spread(x.float())
+        x = self.spread(x.flatten(0, 1).float()).view(x.shape)
         seen = Signals(x, self.levels(x, imposed=given), causal, surprise)
         return seen, self.mask(seen.levels, causal, surprise.detach(), mode=mode, prior=self.prior)
 
@@ -455,6 +445,15 @@ class SHI(TokenWorld):
         if seen is None: return
         yield self.hierarchy_loss(seen, gates, nll)
         if self.cfg.causal: yield self.causal_loss(e.detach(), seg)
+        if self.training: self.settle(x, seen)
+
+    @torch.no_grad()
+    def settle(self, x: Float[Tensor, "b n d"], s: Signals) -> None:
+        "Evaluation standardises the tokens by their running mean and variance, and draws no noise: let its threshold halve these frames too."
+        self.spread.eval(); self.levels.eval()
+        x = self.spread(x.flatten(0, 1).float()).view(x.shape)
+        self.mask.settle(self.levels(x), s.causal, s.surprise, self.prior)
+        self.spread.train(); self.levels.train()
 
     def hierarchy_loss(self, s: Signals, gates: Gates, nll):
         "Levels that say much about a token, the wanted share of gates open, and surprise that is what it says."
