@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-import matplotlib
 import numpy as np
 from ..core import HidreamerError, check
 from .costs import RolloutCost, read_costs
@@ -461,7 +460,8 @@ def tick_table(rows) -> str:
 
 def picture_html(p: Picture) -> str:
     "A picture whose colours follow the page, those of `draw_intervals` too, which says C2 for yes and C3 for no."
-    with matplotlib.rc_context({"axes.prop_cycle": matplotlib.cycler(color=[SERIES[0], SERIES[4], SERIES[2], SERIES[1]])}):
+    from matplotlib import cycler, rc_context
+    with rc_context({"axes.prop_cycle": cycler(color=[SERIES[0], SERIES[4], SERIES[2], SERIES[1]])}):
         text = svg(p.draw, p.width, p.height, p.label)
     for c in ("#000000", "#808080"): text = text.replace(c, "var(--ink2)")
     return f'<div class="card wide">{text}</div>'

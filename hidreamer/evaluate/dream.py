@@ -13,8 +13,6 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from ..core import Segment, check
 from .rollouts import choose_starts
 from .scores import own_randomness
@@ -80,6 +78,8 @@ SEEN, DREAMT, PAPER, INK = (42, 120, 214), (235, 104, 52), (20, 20, 19), (240, 2
 
 def text(words: str, height: int, width: int, colour=INK, size: float = .62) -> np.ndarray:
     "Words as a picture, uint8 (height width 3), on the film's background; `size` is the share of the height."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor=np.array(PAPER) / 255)
     canvas = FigureCanvasAgg(fig)
     fig.text(0, .5, words, va="center", ha="left", fontsize=height * size * .72, color=np.array(colour) / 255)
@@ -122,6 +122,8 @@ def compose(d: Dream, scale: int = 3) -> list[np.ndarray]:
 # %% ../../nbs/61_evaluate.dream.ipynb #cell-017
 def filmstrip(d: Dream, path: Path, steps=(1, 2, 3, 5, 10, 15, 25, 40)) -> Path:
     "Write a PNG of `d`'s frames: columns are steps ahead (0 is the last frame seen), rows the panels, a line where the dream begins."
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     rows = [n for n in d.panels if n == "real" or n.startswith(("imagined, same", "difference"))]
     cols = [0] + [s for s in steps if s < len(d.panels["real"]) - d.context + 1]
     fig = Figure(figsize=(1.25 * len(cols) + 1.1, 1.28 * len(rows) + .3), dpi=110, facecolor="none")

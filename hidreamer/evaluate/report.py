@@ -16,12 +16,7 @@ import re
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-import matplotlib
-import matplotlib.ticker
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from ..core import check
 from .rollouts import plot_rollout
 from ..run import flatten, read_rows
@@ -75,15 +70,18 @@ INK, GRID, SERIES = "#a0000a", "#a0000b", tuple(f"#a0000{i}" for i in range(1, 7
 VARIABLES = {INK: "--ink2", GRID: "--line", **{c: f"--s{i}" for i, c in enumerate(SERIES, 1)}}
 LIGHT = {INK: "#52514e", GRID: "#e1e0d9", **dict(zip(SERIES, ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e87ba4")))}
 
-def figure(draw, width: float, height: float, colours: dict | None = None) -> Figure:
-    "`draw(ax, paint)` in our style; `paint` turns a placeholder into a colour."
+def figure(draw, width: float, height: float, colours: dict | None = None) -> "Figure":
+    "`draw(ax, paint)` in our style, a matplotlib `Figure`; `paint` turns a placeholder into a colour."
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     paint = (lambda c: c) if colours is None else colours.get
     ink, lines = ("text.color", "xtick.color", "ytick.color", "axes.labelcolor", "axes.titlecolor"), ("axes.edgecolor", "grid.color")
     style = {**dict.fromkeys(ink, paint(INK)), **dict.fromkeys(lines, paint(GRID)), "svg.fonttype": "none", "font.size": 9,
              "axes.grid": True,
              "axes.grid.axis": "y", "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
              "axes.spines.left": False, "xtick.major.size": 0, "ytick.major.size": 0, "axes.titlesize": 10, "axes.titlelocation": "left"}
-    with matplotlib.rc_context(style):
+    with rc_context(style):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(fig); draw(fig.add_subplot(), paint)
         fig.canvas.draw()
@@ -91,9 +89,11 @@ def figure(draw, width: float, height: float, colours: dict | None = None) -> Fi
 
 def svg(draw, width: float = 4.6, height: float = 2.3, label: str = "") -> str:
     "`draw` as inline SVG whose colours are CSS variables."
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     fig, out = figure(draw, width, height), io.StringIO()
     fig.patch.set_visible(False); fig.axes[0].patch.set_visible(False)
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None})
     x = out.getvalue()[out.getvalue().index("<svg"):]
     x = re.sub(r"<metadata>.*?</metadata>", "", x, flags=re.S)
@@ -152,7 +152,7 @@ def draw_curve(title: str, lines: dict, level: float | None = None):
         if level is not None: ax.axhline(level, color=paint(INK), ls=":", lw=1.2, label="random policy")
         if len(lines) > 1 or level is not None: ax.legend(frameon=False, fontsize=8, ncols=3, loc="best", handlelength=1.2)
         ax.set_title(title); ax.margins(x=.02)
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        ax.locator_params(axis="x", nbins=4)
         ax.xaxis.set_major_formatter(lambda v, _: f"{v / 1000:g}k" if abs(v) >= 1000 else f"{v:g}")
     return draw
 

@@ -8,7 +8,6 @@ __all__ = ['CHANGED', 'choose_starts', 'rollout_frames', 'frame_errors', 'cluste
 
 # %% ../../nbs/61_evaluate.rollouts.ipynb #cell-003
 from dataclasses import dataclass
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -131,7 +130,9 @@ def rollout_error(world, episodes: list[Segment], horizons=(1, 5, 10, 15), conte
 # %% ../../nbs/61_evaluate.rollouts.ipynb #cell-028
 def plot_rollout(rows: list[dict], ax=None, colours=("#2a78d6", "#7a7a75", "#9a9a95"), unit: float = 1e-3):
     "Error by horizon with 95% bars: the world, copy-last-frame, and the codec's floor where known. `rows` as in `RolloutError`."
-    ax = ax or plt.subplots(figsize=(6, 3))[1]
+    if ax is None:
+        import matplotlib.pyplot as plt
+        ax = plt.subplots(figsize=(6, 3))[1]
     lines = (("world", "imagined", "o-"), ("copy", "copy last frame", "s--"), ("codec", "codec alone", ":"))
     for j, (name, label, style) in enumerate(lines):
         got = [(r["t"] + .1 * j, r[name]) for r in rows if r.get(name) and r[name]["mean"] is not None]   # side by side

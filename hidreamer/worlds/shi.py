@@ -451,7 +451,7 @@ class SHI(TokenWorld):
     def settle(self, x: Float[Tensor, "b n d"], s: Signals) -> None:
         "Evaluation standardises the tokens by their running mean and variance, and draws no noise: let its threshold halve these frames too."
         self.spread.eval(); self.levels.eval()
-        x = self.spread(x.flatten(0, 1).float()).view(x.shape)
+        x = self.spread(x.detach().flatten(0, 1).float()).view(x.shape)
         self.mask.settle(self.levels(x), s.causal, s.surprise, self.prior)
         self.spread.train(); self.levels.train()
 
