@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_level', 'usage', 'perplexity', 'psnr', 'psnr_by_level', 'cosine_by_level', 'persistence', 'diversity',
-           'temporal_ratio', 'shared_codes', 'random_codes', 'Ridge', 'r2', 'linear_probe']
+           'temporal_ratio', 'shared_codes', 'random_codes', 'Ridge', 'r2', 'linear_probe', 'r2_interval']
 
 # %% ../../nbs/61_evaluate.tokens.ipynb #cell-003
 import torch
@@ -132,3 +132,12 @@ def linear_probe(x: Float[Tensor, "n d"], y: Float[Tensor, "n"], train: Bool[Ten
     ridge = Ridge(x[train], y[train])
     best = max(penalties, key=lambda p: r2(y[valid], ridge.fit(p)(x[valid])))
     return r2(y[test], ridge.fit(best)(x[test]))
+
+def r2_interval(y: Tensor, guess: Tensor, episode: Tensor, seed: int, draws: int = 1000) -> tuple[float, float]:
+    "95% bootstrap interval of R2, drawing whole episodes."
+    groups = [episode == e for e in episode.unique()]
+    sums = torch.tensor([[m.sum(), y[m].double().sum(), y[m].double().square().sum(), (y - guess)[m].double().square().sum()] for m in groups])
+    pick = torch.randint(len(groups), (draws, len(groups)), generator=torch.Generator().manual_seed(seed))
+    n, s, ss, err = sums[pick].sum(1).unbind(-1)
+    low, high = torch.quantile(1 - err / (ss - s * s / n), torch.tensor([.025, .975], dtype=sums.dtype)).tolist()
+    return low, high

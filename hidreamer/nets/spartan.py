@@ -341,10 +341,12 @@ class ObjectModel(nn.Module):
 
 def fit(attention: type[GatedAttention] = GatedAttention,
         budget: PathBudget | None = None,       # None: error alone
+        start: ObjectModel | None = None,       # begin with the weights of this model
         seed: int = 0, steps: int = 1600, batch: int = 64, lr: float = 2e-3) -> tuple[ObjectModel, list[tuple]]:
     "Train on 100,000 transitions. Returns the model and, for every 10th update, (update, error, multiplier, expected paths per pair, share of open gates)."
     torch.manual_seed(seed); data, log = KnownGraph(20_000, 1000 + seed).steps(5), []
     model = ObjectModel(SpartanConfig() if budget is None else budget.cfg, attention)
+    if start is not None: model.load_state_dict(start.state_dict())
     opt = torch.optim.AdamW(model.parameters(), lr, weight_decay=1e-4, fused=True)
     for i in range(steps):
         model.spartan.anneal(2.5 * i / steps)
@@ -423,20 +425,20 @@ def adaptation(model: ObjectModel, setting: int, trajectories: int = 5, length: 
     return out
 
 # %% ../../nbs/34_nets.spartan.ipynb #ed50147c
-KINDS = dict(dense=(DenseAttention, None), spartan=(GatedAttention, PathBudget),
+KINDS = dict(dense=(DenseAttention, None), dense_again=(DenseAttention, None), spartan=(GatedAttention, PathBudget),
              open_denominator=(OpenDenominator, PathBudget), raw_count=(GatedAttention, RawBudget))
 
 def study(seeds: Sequence[int], steps: int = 1600, kinds: Sequence[str] = tuple(KINDS)) -> list[dict]:
-    """One row of figures for every seed and kind; the dense model comes first, its error is the target of the others.
+    """One row of figures for every seed and kind; the dense model comes first: the others begin with its weights, and its error is their target.
 
-    The stored figures: `python -m hidreamer.nets.spartan --seeds 0 1 2`, which writes nbs/results/spartan.json."""
+    The stored figures: `python -m hidreamer.nets.spartan --seeds 0 1 2 3 4 5 6 7`, which writes nbs/results/spartan.json."""
     rows = []
     for seed in seeds:
-        target = None
+        dense = target = None
         for kind in ("dense", *(k for k in kinds if k != "dense")):
             attention, budget = KINDS[kind]; begin = time.process_time()
-            model, _ = fit(attention, budget and budget(SpartanConfig(), target), seed=seed, steps=steps)
-            if kind == "dense": target = target_error(model)
+            model, _ = fit(attention, budget and budget(SpartanConfig(), target), dense, seed=seed, steps=steps)
+            if kind == "dense": dense, target = model, target_error(model)
             rows.append(dict(kind=kind, seed=seed, steps=steps, seconds=time.process_time() - begin, target=target, **measure(model),
                              adaptation={SETTINGS[i]: adaptation(model, i) for i in (1, 3)}))
     return rows
@@ -444,7 +446,7 @@ def study(seeds: Sequence[int], steps: int = 1600, kinds: Sequence[str] = tuple(
 def main(argv: Sequence[str] | None = None) -> None:
     "Run `study` and write its rows."
     parser = argparse.ArgumentParser(description="SPARTAN on a known graph")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2]); parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(8))); parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--out", type=Path, default=Path("nbs/results/spartan.json"))
     args = parser.parse_args(argv); torch.set_num_threads(1)
