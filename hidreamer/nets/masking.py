@@ -121,9 +121,9 @@ class SoftMask(Importance):
 
     @torch.no_grad()
     def settle(self, p, causal=None, uncertainty=None, prior=None) -> None:
-        "Evaluation's own threshold follows the quantile of these scores: for signals that are others there, as behind batch normalisation."
+        "Evaluation's own threshold goes half of the way to the quantile of these scores: for signals that are others there, as behind batch normalisation."
         score = self.score(p, causal, uncertainty, prior) - self.centre
-        self.gap.lerp_(score.flatten()[:2**24].quantile(self.cfg.sparsity), self.cfg.follow)
+        self.gap.lerp_(score.flatten()[:2**24].quantile(self.cfg.sparsity), .5)
 
     def forward(self, p: Float[Tensor, "... n l"],              # level probabilities
                 causal: Float[Tensor, "... n"] | None = None,   # in [0, 1] and spread over it; None switches the signal off
