@@ -30,7 +30,7 @@ MASKS = ("learned", "random", "dense")
 class SHIConfig(Config):
     "Sizes and losses of `SHI`, and of the baselines that differ from it in `mask` only."
     tokens: TokenizerConfig = field(default_factory=lambda: TokenizerConfig(levels=1, codes=512, warm=100))
-    levels: LevelsConfig = field(default_factory=lambda: LevelsConfig(weight=1., least=.12))
+    levels: LevelsConfig = field(default_factory=lambda: LevelsConfig(weight=1., least=.15))
     masking: MaskingConfig = field(default_factory=lambda: MaskingConfig(follow=.1))
     spartan: SpartanConfig = field(default_factory=SpartanConfig)
     mask: str = "learned"       # learned; random: the same share, anywhere; dense: nothing is dropped
