@@ -37,6 +37,7 @@ def config(kind: str, game: str, seed: int, updates: int, folder: Path, steps: i
                 run=str(Path(folder) / f"{game}-{kind.replace(' ', '-')}-{seed}"), replay_ratio=updates * (1 + first) * cfg.batch * cfg.length / steps)
     model = replace(cfg.model, levels=replace(cfg.model.levels, steps=steps))
     if first: model, work["warm_up"] = replace(model, assign_after=updates, fine_tune=updates), 2 * updates
+    else: model = replace(model, to_codes=0.)       # the kinds of one stage share a seed's codes, to the bit
     if kind in ("dense", "random"): model = replace(model, mask=kind)
     if kind == "no cause": model = replace(model, causal=False)
     if kind.startswith("temperature"): model = replace(model, levels=replace(model.levels, start=float(kind.split()[1]), end=float(kind.split()[1])))
@@ -66,6 +67,7 @@ def fit(cfg: TrainConfig) -> tuple[Trainer, dict]:
         while t.clock["warm"] < cfg.warm_up: meter(t.warm_up); bar.update()
         while t.clock["world"] < (work := cfg.steps * cfg.replay_ratio):
             t.clock["steps"] = round(cfg.steps * t.clock["world"] / work)
+            if not cfg.warm_up: seed_everything(cfg.seed * 100_000 + meter.calls)       # the same batches, whatever a mask draws
             meter(t.learn_world); bar.update()
             if meter.calls % 50 == 0: t.flush()
     t.clock["steps"] = cfg.steps

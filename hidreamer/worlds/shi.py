@@ -42,7 +42,7 @@ class SHIConfig(Config):
     code_dim: int = 16          # width of a code's embedding
     history: int = 3            # frames that are seen
     refresh: int = 5            # imagined steps until the mask is chosen anew
-    to_codes: float = .01       # share of the world's gradient that reaches the encoder, through the quantised vectors
+    to_codes: float = .01       # share of the world's gradient that reaches the encoder, through the quantised vectors; 0: none, nor the decoder
     copy: float = .98           # belief that a dropped token stays as it is; the rest is shared out among all codes
     unroll: int = 4             # segments of a batch whose frames are imagined in training too; 0: none
     unroll_every: int = 4       # ... in every so many updates
@@ -56,6 +56,7 @@ class SHIConfig(Config):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         check(self.width % self.heads == 0, "width", self.width, f"must be a multiple of heads={self.heads}")
         check(len(self.scales) == 4 and min(self.scales) > 0, "scales", self.scales, "must be four shares above 0: tokenizer, hierarchy, causal graph, mask")
+        check(self.to_codes >= 0, "to_codes", self.to_codes, "must not be negative", "0 keeps the codes to themselves.")
         check(0 < self.copy < 1, "copy", self.copy, "must be a probability, neither 0 nor 1")
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]")
         check(self.unroll >= 0, "unroll", self.unroll, "must not be negative", "0 switches it off.")
@@ -264,8 +265,16 @@ class TokenTraining(TokenNet):
         logs = {f"tokens/{k}": v for k, v in logs.items()}
         if self.training and self.tokenizer.batches <= self.cfg.tokens.warm: return total, logs       # there are no codes yet
         codes = q.codes.view(*seg.frames.shape[:2], self.l, self.n)
-        loss, more = self.dynamics(codes, self.embed(codes, q.z.view(*codes.shape[:2], self.n, -1)), seg)
+        with self.apart(): loss, more = self.dynamics(codes, self.embed(codes, q.z.view(*codes.shape[:2], self.n, -1)), seg)
         return total + loss, logs | more
+    @contextmanager
+    def apart(self):
+        "Inside the block nothing reaches the tokenizer, its decoder included, if `to_codes` is 0: worlds that differ in their masks alone keep the same codes."
+        parts = [p for p in self.tokenizer.parameters() if not self.cfg.to_codes and p.requires_grad]
+        for p in parts: p.requires_grad_(False)
+        try: yield
+        finally:
+            for p in parts: p.requires_grad_(True)
     def frozen(self, seg: Segment):
         codes = self.tokenizer.encode(seg.frames).unflatten(-1, (self.l, self.n))
         return codes, self.embed(codes)
