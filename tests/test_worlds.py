@@ -3,6 +3,8 @@ import json
 
 import pytest
 
+from hidreamer.evaluate.imagined import main
+
 
 @pytest.mark.parametrize("world, log", [("dreamer", "kl"), ("hdreamer", "kl"), ("shi", "kept_changed"), ("original-shi", "nll_changed")])
 def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
@@ -16,6 +18,14 @@ def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
     hidreamer("dream", folder, "--horizon", 10, check=0)
     assert (folder / "dream.gif").stat().st_size > 1000
     assert world in (folder / "report" / "index.html").read_text()
+    if world == "shi": where_things_are(folder, tmp_path / "state.json")
+
+
+def where_things_are(folder, out):
+    main([str(folder), "--out", str(out), "--steps", "2000", "--starts", "16"])
+    told = json.loads(out.read_text())["runs"]["run"]
+    assert {r["thing"] for r in told["rows"]} == {"ball_x", "ball_y", "player_y", "enemy_y"}
+    assert all(r["true"]["r2"] > max(.5, r["dream"]["r2"]) for r in told["rows"] if r["thing"] == "enemy_y")      # it has learned nothing yet
 
 
 def test_a_world_cannot_change_on_resume(tmp_path, hidreamer):
