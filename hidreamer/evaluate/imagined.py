@@ -53,10 +53,10 @@ class Reader:
         self.median = self.grey(frames[::max(1, len(frames) // 500)]).median(0).values
         self.moves = (self.grey(frames) - self.median).std(0) > 1e-3                # the others say nothing
         x, valid = self.pixels(frames), torch.cat([torch.full((e.time,), i % 5 == 4) for i, (e, _) in enumerate(episodes)])
-        self.places, self.presence = {}, {}
+        self.places, self.presence, self.range = {}, {}, {}
         for name, (y, there) in ball_and_paddles(game, np.concatenate([m for _, m in episodes])).items():
             y, there = torch.from_numpy(y).float(), torch.from_numpy(there)
-            self.places[name] = self.best(x, y, there & ~valid, there & valid, penalties)
+            self.places[name], self.range[name] = self.best(x, y, there & ~valid, there & valid, penalties), (y[there].min(), y[there].max())
             if not there.all(): self.presence[name] = self.best(x, there.float(), ~valid, valid, penalties)
     @staticmethod
     def best(x, y, train, valid, penalties) -> Ridge:
@@ -70,7 +70,7 @@ class Reader:
         "Name -> (where it seems to be, does it seem to be there: above .5). Frames are uint8, or in [0, 1]."
         x = self.pixels(frames.cpu())
         sure = torch.ones(len(x))
-        return {k: (place(x), self.presence[k](x) if k in self.presence else sure) for k, place in self.places.items()}
+        return {k: (place(x).clamp(*self.range[k]), self.presence[k](x) if k in self.presence else sure) for k, place in self.places.items()}
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #4e3780eb
 @dataclass
