@@ -450,7 +450,7 @@ class Picture:
 
 MORE_CSS = """ .ticks td:first-child { font-weight:700; font-size:1.1rem; width:1.6rem } .yes td:first-child { color:var(--s3) } .no td:first-child {
 color:var(--s2) } .open td:first-child { color:var(--ink2) } .card table { width:100% } li {
-max-width:52rem; margin:.3rem 0 } .tile b { overflow-wrap:anywhere } """
+max-width:52rem; margin:.3rem 0 } .tile b { overflow-wrap:anywhere; font-size:1.3rem } """
 
 def tick_table(rows) -> str:
     "The ticks as an HTML table."
@@ -522,7 +522,7 @@ def attempt(f, *args, **kw) -> str:
 def head(c: Comparison, s: Scenario, findings, savings) -> list:
     "The answer, the figures behind it, the ticks."
     steps = " to ".join(dict.fromkeys(f"{f(r.steps for r in c.runs):,}" for f in (min, max)))
-    about = f"{len(c.pairs)} pairs (game and seed) from {listed(c.games)} · {steps} environment steps · margin {100 * c.margin:.3g}% of the reference's mean"
+    about = f"{len(c.pairs)} pair{'s' * (len(c.pairs) > 1)} (game and seed) from {listed(c.games)} · {steps} environment steps · margin {100 * c.margin:.3g}% of the reference's mean"
     first, tiles = findings[0], [("scenario", s.name, s.title if s.title != s.name else ""), ("pairs", len(c.pairs), listed(c.games))]
     form = "{:.1%}" if first.name.startswith("human") else "{:.3g}"
     said = f"{c.names[0]} / {c.names[1]}: {'shows nothing' if first.empty else first.verdict}"
