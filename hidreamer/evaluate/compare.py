@@ -522,7 +522,8 @@ def attempt(f, *args, **kw) -> str:
 def head(c: Comparison, s: Scenario, findings, savings) -> list:
     "The answer, the figures behind it, the ticks."
     steps = " to ".join(dict.fromkeys(f"{f(r.steps for r in c.runs):,}" for f in (min, max)))
-    about = f"{len(c.pairs)} pair{'s' * (len(c.pairs) > 1)} (game and seed) from {listed(c.games)} · {steps} environment steps · margin {100 * c.margin:.3g}% of the reference's mean"
+    pairs = f"{len(c.pairs)} pair{'s' * (len(c.pairs) > 1)} (game and seed) from {listed(c.games)}"
+    about = f"{pairs} · {steps} environment steps · margin {100 * c.margin:.3g}% of the reference's mean"
     first, tiles = findings[0], [("scenario", s.name, s.title if s.title != s.name else ""), ("pairs", len(c.pairs), listed(c.games))]
     form = "{:.1%}" if first.name.startswith("human") else "{:.3g}"
     said = f"{c.names[0]} / {c.names[1]}: {'shows nothing' if first.empty else first.verdict}"
