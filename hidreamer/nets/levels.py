@@ -40,7 +40,7 @@ class LevelsConfig(Config):
 # %% ../../nbs/33_nets.levels.ipynb #90ca9435
 def entropy(p: Float[Tensor, "... l"]) -> Float[Tensor, "..."]:
     "Entropy of the last axis, in nats."
-    return -torch.xlogy(p, p).sum(-1)
+    return -(p * p.clamp(min=1e-12).log()).sum(-1)      # the gradient is finite at 0 too, where softmax at a low temperature ends
 
 def mutual_information(p: Float[Tensor, "... l"]) -> Float[Tensor, ""]:
     "H(mean p) - mean H(p) over all leading axes, in nats: 0 to log l. Give it probabilities without Gumbel noise."
