@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core import check, count_parameters, typed
 
 # %% ../../nbs/31_nets.moe.ipynb #cell-006
 _copies = WeakTensorKeyDictionary()
+register_optimizer_step_post_hook(lambda *_: _copies.clear())      # fused optimisers change weights without a new version
 
 def in_dtype(p: Tensor, dtype: torch.dtype) -> Tensor:
-    "`p` in `dtype`. Without gradients the copy is kept until `p` is changed in place or replaced."
+    "`p` in `dtype`. Without gradients the copy is kept until `p` is changed in place or replaced, or any optimiser makes a step."
     if p.dtype == dtype: return p
     if torch.is_grad_enabled() or p.is_inference(): return p.to(dtype)
     key, copy = (p._version, p.data_ptr(), dtype), _copies.get(p)
