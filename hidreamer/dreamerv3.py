@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'THEIRS', 'OPTIONAL', 'TO', 'MODEL', 'SPECIAL', 'CNN', 'ONLY', 'FREE', 'IDLE', 'KNOWN', 'BLOCKS', 'HIERARCHY',
-           'stop', 'listed', 'read_checkpoint', 'plain', 'one_of_each', 'same_memory', 'theirs', 'shape', 'world_sizes',
-           'policy_sizes', 'compare', 'expected', 'fill', 'load_dreamerv3', 'hierarchical', 'fill_agent', 'Loader',
-           'read_yaml', 'brief', 'flat', 'typed_as', 'only', 'find_env', 'amounts', 'consistent', 'read_configs',
-           'nest']
+           'stop', 'listed', 'instructions', 'read_checkpoint', 'plain', 'one_of_each', 'same_memory', 'theirs',
+           'shape', 'world_sizes', 'policy_sizes', 'compare', 'expected', 'fill', 'load_dreamerv3', 'hierarchical',
+           'fill_agent', 'Loader', 'read_yaml', 'brief', 'flat', 'typed_as', 'only', 'find_env', 'amounts',
+           'consistent', 'read_configs', 'nest']
 
 # %% ../nbs/55_dreamerv3.ipynb #5d4ac216
 import difflib
 import pickle
 import re
 import reprlib
+import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -37,12 +38,21 @@ def listed(names: Iterable[str], n: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
+def instructions(path: Path) -> bytes:
+    "What the archive's pickle says; nothing if there is none that can be read."
+    try:
+        with zipfile.ZipFile(path) as z:
+            names = [i for i in z.infolist() if i.filename.endswith("data.pkl") and i.file_size <= path.stat().st_size]
+            return b"".join(z.read(i) for i in names)
+    except Exception: return b""      # then PyTorch refuses it too
+
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a dreamerv3-torch `latest.pt` by the names they have there, still on disk.
 
     No code in the file is run. Raises `HidreamerError` for anything that is not such a file."""
     path = Path(path).expanduser()
     if not path.is_file(): stop(path, "is not a file")
+    if b"bytearray" in instructions(path): stop(path, "wants memory that it has no bytes for, so it is refused")
     try: saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as e:
         what = re.search(r"(?:GLOBAL|Unsupported (?:global|class)[^\w]*|function) ?:? ?`?([\w.]+)`?", str(e))
@@ -228,7 +238,11 @@ def fill_agent(agent: Agent,               # with a `Dreamer` or `HDreamer`; a p
     return agent
 
 # %% ../nbs/55_dreamerv3.ipynb #309daf24
-class Loader(yaml.SafeLoader): "PyYAML's safe loader, to which `1e6` and `3e-4` are numbers."
+class Loader(yaml.SafeLoader):
+    "PyYAML's safe loader, to which `1e6` and `3e-4` are numbers, and blocks merged from more than 10,000 keys are a mistake."
+    def flatten_mapping(self, node):
+        super().flatten_mapping(node)
+        if len(node.value) > 10_000: raise yaml.YAMLError("merged from too many keys")
 
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
 
@@ -237,7 +251,7 @@ def read_yaml(path: str | Path) -> dict[str, dict]:
     path = Path(path).expanduser()
     check(path.is_file(), "configs", str(path), "is not a file")
     try: blocks = yaml.load(path.read_text(encoding="utf-8"), Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
+    except Exception as e:      # PyYAML lets what its constructors raise pass: ValueError, KeyError, TypeError, ...
         where = getattr(e, "problem_mark", None)
         raise HidreamerError(f"configs={str(path)!r}: is not YAML{f' (line {where.line + 1}: {e.problem})' if where else ''}.") from e
     check(isinstance(blocks, dict) and "defaults" in blocks, "configs", str(path), "must be a YAML file with a block named defaults",

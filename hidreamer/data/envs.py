@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['GAMES', 'RAM', 'CRAFTER_ACTIONS', 'EnvConfig', 'Frames', 'game_id', 'make_envs', 'sync', 'area_matrix', 'Stack',
-           'LabelEnv', 'ram', 'ball_and_paddles', 'CrafterEnv']
+           'LabelEnv', 'ram', 'ball_and_paddles', 'InOrder', 'CrafterEnv', 'Games']
 
 # %% ../../nbs/10_data.envs.ipynb #cell-003
+import warnings
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 import ale_py
 import gymnasium as gym
 import numpy as np
+from fastcore.basics import patch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 from ..core import Config, HidreamerError, check, nearest
 
@@ -34,10 +38,10 @@ class EnvConfig(Config):
     time_limit: int = 108_000   # an episode is truncated after this many frames (Atari), steps (Crafter: at most 10,000)
 
     def check(self):
-        check(self.size >= 8, "size", self.size, "must be at least 8", "Use 64 or 84.")
-        check(self.stack >= 1, "stack", self.stack, "must be at least 1")
-        check(self.skip >= 1, "skip", self.skip, "must be at least 1", "Atari-100k uses 4.")
-        check(self.noops >= 0, "noops", self.noops, "must not be negative", "Atari-100k uses 30.")
+        check(8 <= self.size <= 1024, "size", self.size, "must be at least 8 and at most 1024", "Use 64 or 84.")
+        check(1 <= self.stack <= 64, "stack", self.stack, "must be at least 1 and at most 64")
+        check(1 <= self.skip <= 1000, "skip", self.skip, "must be at least 1 and at most 1000", "Atari-100k uses 4.")
+        check(0 <= self.noops <= 10_000, "noops", self.noops, "must not be negative, and at most 10000", "Atari-100k uses 30.")
         check(0 <= self.sticky < 1, "sticky", self.sticky, "must be a probability below 1", "Atari-100k uses 0.")
         check(self.time_limit > self.skip, "time_limit", self.time_limit, f"must exceed one step of {self.skip} frames")
         return self
@@ -67,6 +71,12 @@ class Frames(VectorWrapper):
         if seed is not None: seed = int(seed) % (2**31 - 1 - self.num_envs)     # the console's seeds have 31 bits
         obs, info = self.env.reset(seed=seed, options=options)
         return self._picture(obs), info
+
+    def begin(self, which: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+        "A new game in every environment of `which` (n,), from its own of the `seeds` (n,); the others stay where they are. All pictures."
+        self._seed, self._lost[which] = None, False
+        seeds = [int(s) for s in seeds] if hasattr(self.env, "envs") else np.asarray(seeds)[which]     # the native one wants those of `which`
+        return self._picture(self.env.reset(seed=seeds, options=dict(reset_mask=np.array(which)))[0])
 
     def step(self, actions):
         "Step all; where the previous step ended an episode the action is ignored and the frame begins the next one."
@@ -207,6 +217,11 @@ def ball_and_paddles(game: str,             # "Pong", "Breakout" or "MsPacman"
 CRAFTER_ACTIONS = ("noop move_left move_right move_up move_down do sleep place_stone place_table place_furnace place_plant "
                    "make_wood_pickaxe make_stone_pickaxe make_iron_pickaxe make_wood_sword make_stone_sword make_iron_sword").split()
 
+class InOrder(dict):
+    "A set that is iterated in the order of insertion."
+    def add(self, x): self[x] = None
+    def remove(self, x): del self[x]
+
 class CrafterEnv(gym.Env):
     "Crafter (Hafner 2021) behind Gymnasium's interface; `info` says which achievements were unlocked so far in the episode."
     def __init__(self, cfg: EnvConfig):
@@ -224,7 +239,10 @@ class CrafterEnv(gym.Env):
         super().reset(seed=seed)
         self.env._seed, self.env._episode = int(self.np_random.integers(2**31 - 1)), 0
         self.steps = 0; self.stack.clear()
-        return self._obs(self.env.reset()), {}
+        screen, world = self.env.reset(), self.env._world
+        world._chunks = defaultdict(InOrder)    # creatures vanish by their place in a set, which is their address: no seed repeats that
+        for o in world.objects: world._chunks[world.chunk_key(o.pos)].add(o)
+        return self._obs(screen), {}
 
     def step(self, action):
         screen, reward, _, info = self.env.step(int(action))
@@ -232,3 +250,113 @@ class CrafterEnv(gym.Env):
         dead = bool(info["discount"] == 0)
         info = dict(unlocked=[k for k, v in info["achievements"].items() if v > 0])
         return self._obs(screen), float(reward), dead, not dead and self.steps >= self.limit, info
+
+# %% ../../nbs/10_data.envs.ipynb #dfd00f30
+class Games(VectorWrapper):
+    """Environments whose games can be put back where they were: every game has its own seed, and its actions are remembered.
+
+    When an environment raises, a new one is made and its games are put back; when the same step fails again, all games are cut
+    off there (`truncated`) and new ones begin. `restarts` counts; after `tries` steps in a row that failed so, it is an error."""
+    def __init__(self, make: Callable[[], "Frames"],     # as `make_envs` does
+                 seed: int = 0, tries: int = 3):
+        super().__init__(make())
+        self.make, self.base, self.tries, self.restarts, self.cuts = make, int(seed), tries, 0, 0
+        self.number, self.over = np.full(self.num_envs, -1), np.ones(self.num_envs, bool)
+        self.played = [bytearray() for _ in range(self.num_envs)]
+
+    def _begin(self, which: np.ndarray) -> np.ndarray:
+        "Begin the games of `which` (n,) that `number` names; all pictures."
+        for i in np.flatnonzero(which): self.played[i] = bytearray()
+        self.over = self.over & ~which
+        seeds = [np.random.SeedSequence([self.base % 2**63, i, int(k)]).generate_state(1)[0] % (2**31 - 1) for i, k in enumerate(self.number)]
+        self.seen = self.env.begin(which, np.array(seeds))
+        return self.seen
+
+    def begin(self, which: np.ndarray) -> np.ndarray:
+        "Give up the games of `which` (n,) and begin their next ones; all pictures."
+        self.number = self.number + which
+        return self._begin(np.asarray(which, bool))
+
+    def reset(self, *, seed: int | None = None, options=None):
+        "New games everywhere."
+        if seed is not None: self.base = int(seed)
+        self.number = self.number + 1
+        return self._begin(np.ones(self.num_envs, bool)), {}
+
+    def _step(self, actions):
+        fresh, n = self.over, self.num_envs
+        self.number = self.number + fresh
+        if fresh.all(): return self._begin(fresh), np.zeros(n, np.float32), np.zeros(n, bool), np.zeros(n, bool), {}
+        self.seen, reward, terminated, truncated, info = self.env.step(actions)
+        self.cuts = 0
+        if fresh.any(): self._begin(fresh)
+        for i in np.flatnonzero(~fresh): self.played[i].append(actions[i])
+        lives = info.get("lives", np.zeros(n)) if self.env.cfg.life_loss else np.zeros(n)
+        self.over = ~fresh & (truncated | terminated & (lives == 0))        # after a lost life the game goes on
+        return self.seen, reward, terminated, truncated, info
+
+# %% ../../nbs/10_data.envs.ipynb #d8c1639c
+@patch
+def step(self: Games, actions):
+    "Step all; where the previous step ended a game, the action is ignored and the next game begins."
+    actions = np.array(actions, dtype=np.int64)
+    for _ in range(2):
+        before = self.state()
+        try: return self._step(actions)
+        except HidreamerError: raise
+        except Exception as e: error = e                            # whatever an environment's own code raises
+        try: self._mend(before, error)
+        except Exception as e: error = e; break
+    try: return self._cut()
+    except Exception as e: error = e
+    raise HidreamerError(f"env={self.env.name!r}: fails in every step ({type(error).__name__}: {error}). The checkpoints are intact.") from error
+
+@patch
+def _mend(self: Games, state: dict, e: Exception) -> None:
+    "A new environment, and its games where they were."
+    warnings.warn(f"An environment failed ({type(e).__name__}: {e}). A new one is made, and its games are played up to where they were.")
+    self.restarts += 1
+    with suppress(Exception): self.env.close()      # it is broken
+    self.env = self.make()
+    self.put_back(state)
+
+@patch
+def _cut(self: Games):
+    "End all games here; those that had just ended begin anew. Raises if nothing but this happened `tries` times."
+    self.cuts += 1
+    if self.cuts > self.tries: raise RuntimeError(f"{self.cuts} steps in a row")
+    fresh, last, self.number = self.over, self.seen, self.number + 1
+    first = self._begin(np.ones(self.num_envs, bool))
+    self.over, self.seen = ~fresh, np.where(fresh[:, None, None, None], first, last)
+    return self.seen, np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, bool), ~fresh, {}
+
+@patch
+def state(self: Games) -> dict:
+    "Seeds and actions of the games in progress, as numbers."
+    return dict(base=self.base, number=self.number.tolist(), over=self.over.tolist(), played=[np.frombuffer(bytes(p), np.uint8) for p in self.played])
+
+@patch
+def put_back(self: Games, state: dict) -> np.ndarray:
+    "Play the games of a `state` from their seeds; returns the pictures (n c h w) where they stand. An environment that raises is made anew once."
+    try: return self._put_back(state)
+    except HidreamerError: raise
+    except Exception:       # whatever an environment's own code raises
+        self.restarts += 1
+        with suppress(Exception): self.env.close()
+        self.env = self.make()
+    try: return self._put_back(state)
+    except Exception as e: raise HidreamerError(f"env={self.env.name!r}: fails while its games are put back ({type(e).__name__}: {e}).") from e
+
+@patch
+def _put_back(self: Games, state: dict) -> np.ndarray:
+    played, over = [bytes(np.asarray(p, np.uint8)) for p in state["played"]], np.array(state["over"], bool)
+    self.base, self.number = int(state["base"]), np.array(state["number"], int)
+    check(len(played) == len(over) == len(self.number) == self.num_envs, "games", len(played), f"must be {self.num_envs}, one for each environment")
+    age = np.array([len(p) for p in played]); longest = age.max()
+    self._begin(np.ones(self.num_envs, bool))
+    for t in range(longest):                        # shorter games wait, and begin when as much of the longest is left
+        if t and (late := age == longest - t).any(): self._begin(late)
+        self.seen = self.env.step([p[t - longest] if t >= longest - len(p) else 0 for p in played])[0]
+    if longest and not age.all(): self._begin(age == 0)
+    self.played, self.over = [bytearray(p) for p in played], over
+    return self.seen

@@ -21,6 +21,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from jaxtyping import Bool, Float, Int, UInt8
 from scipy.special import ndtr, ndtri
 from torch import Tensor
+from ..run import read_arrays
 from ..core import Config, HidreamerError, check, nearest, typed
 
 # %% ../../nbs/12_data.tworooms.ipynb #9f90d4b2
@@ -441,10 +442,17 @@ def save_offline(data: Offline, path: str | Path):
 def load_offline(path: str | Path) -> Offline:
     "Read `save_offline`'s file; raises `HidreamerError` if it is missing or not of this kind."
     check(Path(path).is_file(), "data", str(path), "is not a file", "Generate it with make_offline(...) and save_offline(...).")
-    with np.load(path) as z:
-        lacks = {"observations", "actions", "terminals", "meta"} - set(z.files)
-        check(not lacks, "data", str(path), f"lacks the array(s) {', '.join(sorted(lacks))}")
-        meta, (obs, act, ends) = json.loads(str(z["meta"])), (torch.from_numpy(z[k]) for k in ("observations", "actions", "terminals"))
+    z = read_arrays(path)
+    lacks = {"observations", "actions", "terminals", "meta"} - set(z)
+    check(not lacks, "data", str(path), f"lacks the array(s) {', '.join(sorted(lacks))}")
+    try: meta = json.loads(str(z["meta"]))
+    except (ValueError, RecursionError): meta = None
+    check(isinstance(meta, dict) and {"layout", "config"} <= set(meta), "data.meta", str(path), "must be the layout and the config, as JSON")
+    n = len(z["terminals"]) if z["terminals"].ndim == 1 else -1
+    for k, shape in (("observations", (n, 2)), ("actions", (n, 2)), ("terminals", (n,))):
+        check(z[k].shape == shape and z[k].dtype == np.float32, f"data.{k}", (z[k].dtype, z[k].shape), f"must be float32 numbers of shape {shape}")
+        check(bool(np.isfinite(z[k]).all()), f"data.{k}", str(path), "must be finite")
+    obs, act, ends = (torch.from_numpy(z[k]) for k in ("observations", "actions", "terminals"))
     return Offline(Layout.from_dict(meta["layout"]).check(), OfflineConfig.from_dict(meta["config"]).check(), obs, act, ends > .5)
 
 def to_minari(data: Offline, dataset_id: str, **kwargs):
