@@ -271,7 +271,7 @@ def test_files_that_lie(garbage, name):
     (garbage / "ends.txt").unlink(missing_ok=True)
     r = fuzz_one(name, garbage, 120, seed=99, limit=30.)
     assert r["read"] + r["refused"] == 120 and not r["other"] and not r["died"] and not r["hung"] and not r["executed"], r["ends"]
-    assert r["refused"] > 5
+    assert r["refused"] > 5 or name == "metrics.jsonl"      # of that one, lines that cannot be read are left out
 
 
 def test_every_fault_is_listed():
