@@ -482,7 +482,7 @@ def table(result: dict) -> str:
     for name in (n for n in HOW if n in faults):
         f = faults[name]
         came = f["tried"] if name in ("environment raises", "bit flipped in the newest checkpoint") else f["tried"] - f["finished_first"]
-        cells = name, HOW[name], f["tried"], came, f["unexplained"], f["half_lines"], f["checkpoint_lost"]
+        cells = name, HOW[name], f["tried"], came, int(f["unexplained"]), f["half_lines"], int(f["checkpoint_lost"])
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     total = {k: sum(int(r[k]) for r in runs) for k in ("lost", "rows_missing", "rows_doubled", "rows_differ", "weights_differ", "returns_differ")}
     rows += ["", f"{len(runs)} runs, {result['kills']} kills. Runs lost: {total['lost']}. Rows missing: {total['rows_missing']}, "
