@@ -26,6 +26,8 @@ class PlanConfig(Config):
     iterations: int = 1          # rounds of sampling per plan
     noise: float = 3.46          # standard deviation of every component of an action
     correlation: float = 0.      # of the noise of consecutive decisions; 0 = independent
+    fine: float = 0.             # share of the samples whose noise is only `fine_noise` as strong
+    fine_noise: float = .08
     temperature: float = .005    # mppi: of the weights, in units of `relative`
     relative: bool = True        # mppi: temperature in units of the standard deviation of a trial's costs; False: of the cost itself
     elites: int = 16             # cem: sequences that are kept
@@ -36,8 +38,8 @@ class PlanConfig(Config):
         check(self.method in METHODS, "plan.method", self.method, f"must be one of {', '.join(METHODS)}")
         for name in ("samples", "horizon", "iterations", "every", "rows"):
             check(getattr(self, name) >= 1, f"plan.{name}", getattr(self, name), "must be at least 1")
-        for name in ("noise", "temperature"): check(getattr(self, name) > 0, f"plan.{name}", getattr(self, name), "must be above 0")
-        check(0 <= self.correlation < 1, "plan.correlation", self.correlation, "must lie in [0, 1)")
+        for name in ("noise", "temperature", "fine_noise"): check(getattr(self, name) > 0, f"plan.{name}", getattr(self, name), "must be above 0")
+        for name in ("correlation", "fine"): check(0 <= getattr(self, name) < 1, f"plan.{name}", getattr(self, name), "must lie in [0, 1)")
         check(2 <= self.elites <= self.samples or self.method != "cem", "plan.elites", self.elites, f"must be from 2 to samples = {self.samples}")
         check(self.every <= self.horizon, "plan.every", self.every, f"must not exceed the horizon, {self.horizon}")
         return super().check()
@@ -98,6 +100,7 @@ class Planner:
     def _noise(self, shape, device):
         x, c = torch.randn(shape, generator=self.gen).to(device), self.cfg.correlation
         for t in range(1, len(x) if c else 0): x[t] = c * x[t - 1] + (1 - c * c) ** .5 * x[t]
+        x[..., :round(self.cfg.fine * shape[-1])] *= self.cfg.fine_noise
         return x
 
     def costs(self, state, goal, acts: Float[Tensor, "h a ..."]) -> Float[Tensor, "n"]:
@@ -256,7 +259,7 @@ def oracle_agents(rooms: Rooms, horizon: int = 96, budget: int = 1024, stride: i
     """Agents that plan with the true dynamics: flat and long-sighted, flat and short-sighted, frame skip, two levels. All may simulate `budget` steps for
     each step they take and look `horizon` steps ahead, the short-sighted one as far as the lower of the two levels."""
     bound, cost, near = ball(rooms.cfg.max_step), saturating(), 5.5
-    def planner(step, price=1, **kw): return Planner(step, cost, 2, PlanConfig(temperature=.02, **kw), bound, seed, price)
+    def planner(step, price=1, **kw): return Planner(step, cost, 2, PlanConfig(temperature=.02, fine=.25, **kw), bound, seed, price)
     def flat(h, every, share=1., noise=2.): return Flat(planner(rooms.step, horizon=h, every=every, noise=noise, correlation=.7 if h < 32 else .8,
                                                                 samples=max(8, round(share * budget * every / h))))
     decisions = -(-horizon // stride) + 2

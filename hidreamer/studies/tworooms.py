@@ -60,7 +60,7 @@ class StudyConfig(Config):
     def updates(self) -> dict[str, int]:
         "Of encoder and predictor, of the predictor alone, of level 2."
         n = max(2, round(self.epochs * self.transitions / self.model.batch / (self.model.time - 1)))
-        return dict(joint=n, refine=round(2.5 * n), above=4 * n)
+        return dict(joint=n, refine=9 * n, above=6 * n)
 
     def of_level(self, level: int) -> dict:
         "The settings that training of this level depends on: what is in its run folder's config."
@@ -152,8 +152,8 @@ def radius(cfg: StudyConfig, z) -> float:
 def planners(world: HJEPA, cfg: StudyConfig, radius: float, seed: int = 0) -> dict[str, Flat | TwoLevel]:
     "Flat and long-sighted, flat and short-sighted, frame skip, and, with a level 2, two levels; all within `cfg.budget`."
     l1, l2, skip, most = world.level1, world.level2, world.cfg.step_skip, named(cfg.layout).max_step
-    def planner(step, price=1., **kw): return Planner(step, latent_cost(radius), 2, PlanConfig(temperature=.02, rows=8192, **kw), ball(most), seed, price)
-    def flat(h, every, share=1., noise=2., c=.8): return Flat(planner(l1.step, horizon=h, every=every, noise=noise, correlation=c,
+    def planner(step, price=1., **kw): return Planner(step, latent_cost(radius), 2, PlanConfig(temperature=.02, fine=.25, rows=8192, **kw), ball(most), seed, price)
+    def flat(h, every, share=1., noise=2., c=.9): return Flat(planner(l1.step, horizon=h, every=every, noise=noise, correlation=c,
             samples=max(8, round(share * cfg.budget * every / h))))
     decisions = -(-cfg.horizon // skip)
     out = {"flat": flat(cfg.horizon, 8), "flat, short": flat(skip + 6, 4, c=.7),
@@ -162,7 +162,7 @@ def planners(world: HJEPA, cfg: StudyConfig, radius: float, seed: int = 0) -> di
     price, every = multiplications(l2.rnn, l2.decoder) / multiplications(l1.predictor), 5
     samples = max(8, round(.6 * cfg.budget * every / decisions / price))
     high = Planner(l2.known_step, latent_cost(radius, l2.lower), cfg.model.l2_z_dim,
-                   PlanConfig(temperature=.02, rows=8192, horizon=decisions, samples=samples, noise=1.5), l2.bound, seed, price)
+                   PlanConfig(temperature=.02, rows=8192, fine=.25, horizon=decisions, samples=samples, noise=1.5, correlation=.5), l2.bound, seed, price)
     near = .55                                     # at this cost or below (six steps or so) level 1 is given the goal itself
     return out | {"two levels": TwoLevel(high, flat(skip, 2, .4, 1.5, .7), skip, every, near, None, l2.lift, l2.lower)}
 
@@ -293,10 +293,11 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--between", type=int, default=1)
     p.add_argument("--sizes", type=int, nargs="+", default=[d.transitions], help="transitions; epochs are chosen so that all sizes get the same updates")
     p.add_argument("--epochs", type=int, default=d.epochs, help="of the largest size"); p.add_argument("--trials", type=int, default=d.trials)
-    p.add_argument("--budget", type=int, default=d.budget); p.add_argument("--mode", default="both"); p.add_argument("--arms", nargs="+")
+    p.add_argument("--budget", type=int, default=d.budget); p.add_argument("--horizon", type=int, default=d.horizon)
+    p.add_argument("--mode", default="both"); p.add_argument("--arms", nargs="+")
     p.add_argument("--runs", type=Path, default=Path("runs/tworooms-study")); p.add_argument("--out", type=Path, required=True)
     a = p.parse_args(arguments)
-    cfgs = [StudyConfig(layout=a.layout, between=a.between, transitions=n, epochs=round(a.epochs * max(a.sizes) / n), seed=s, trials=a.trials, budget=a.budget)
+    cfgs = [StudyConfig(layout=a.layout, between=a.between, transitions=n, epochs=round(a.epochs * max(a.sizes) / n), seed=s, trials=a.trials, budget=a.budget, horizon=a.horizon)
             for s in a.seeds for n in a.sizes]
     for r in study(cfgs, a.runs, a.out, a.mode, a.arms, "python -m hidreamer.studies.tworooms " + " ".join(arguments)): print(show(r))
 
