@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AXES', 'HidreamerError', 'check', 'nearest', 'fits', 'Config', 'Segment', 'typed', 'seed_everything', 'find_device',
-           'fast_bf16', 'autocast', 'count_parameters', 'keep_memory']
+           'fast_bf16', 'autocast', 'count_parameters', 'few_kernels', 'keep_memory']
 
 # %% ../nbs/00_core.ipynb #cell-003
 import ctypes
@@ -157,9 +157,16 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # %% ../nbs/00_core.ipynb #5f4f1d09
+def few_kernels(most: int = 256) -> None:
+    """Let PyTorch keep at most `most` compiled CPU kernels in each of its two caches (it keeps 1,024), unless the environment says otherwise.
+
+    They are read once, at the first matrix product of a process; later calls change nothing."""
+    for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"): os.environ.setdefault(name, str(most))
+
 def keep_memory() -> bool:
-    "Keep freed memory for the next allocation instead of returning it. False where the C library is not glibc: nothing happens there."
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                # of `man mallopt`
+    "Keep freed memory for the next allocation instead of returning it, and `few_kernels`. False where the C library is not glibc: only the latter happens."
+    few_kernels()
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8       # of `man mallopt`
     try: mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError): return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**28)])
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**28), mallopt(M_ARENA_MAX, 1)])

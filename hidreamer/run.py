@@ -6,8 +6,8 @@
 __all__ = ['PARTS', 'FREE', 'explained', 'sync_folder', 'write_synced', 'write_atomic', 'flatten', 'differences', 'plain',
            'packed', 'unpacked', 'rng_state', 'restore_rng', 'refuse', 'check_pickle', 'members', 'clean_archive',
            'read_plain', 'read_arrays', 'Checkpoint', 'file_hash', 'write_checkpoint', 'alive', 'hold', 'release',
-           'Run', 'as_number', 'read_rows', 'check_finite', 'enough_memory', 'Stop', 'git_commit', 'cpu_name',
-           'present_state', 'provenance']
+           'Run', 'as_number', 'read_rows', 'count_rows', 'check_finite', 'enough_memory', 'Stop', 'git_commit',
+           'cpu_name', 'present_state', 'provenance']
 
 # %% ../nbs/01_run.ipynb #cell-003
 import copy
@@ -114,12 +114,14 @@ def unpacked(like: Any, x: Any) -> Any:
     "An object made as `like` is, holding what `packed` found; `ValueError` if the two do not belong together."
     if isinstance(like, Tensor):
         if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype: raise ValueError("another shape or type of number")
+        if x.is_floating_point() and x.isnan().any(): raise ValueError("not a number")
         return x.to(like.device)
     if isinstance(like, (list, tuple)):
         if not isinstance(x, list) or len(x) != len(like): raise ValueError("another number of tensors")
         return type(like)(map(unpacked, like, x))
     if like is None or isinstance(like, (bool, int, float, str)):
-        if isinstance(x, (dict, list)): raise ValueError("another kind of object")
+        if isinstance(x, (dict, list)) or type(like) is bool is not type(x): raise ValueError("another kind of object")
+        if type(like) in (int, float) and not (type(x) is type(like) and abs(x) < 2**53): raise ValueError("another kind of number")
         return x
     if not isinstance(x, dict) or not set(x) <= set(vars(like)): raise ValueError("another kind of object")
     new = copy.copy(like)
@@ -135,8 +137,9 @@ def rng_state() -> dict:
 
 def restore_rng(state: dict) -> None:
     "Put the generators back where `rng_state` found them."
-    name, keys, *rest = state["numpy"]
-    random.setstate(state["python"]); np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), *rest))
+    name, keys, pos, *rest = state["numpy"]
+    if not 0 <= pos <= 624: raise ValueError("no place in NumPy's list of random numbers")      # NumPy would read beyond its end
+    random.setstate(state["python"]); np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), pos, *rest))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
@@ -416,6 +419,11 @@ def read_rows(path: Path) -> list[dict]:
             if isinstance(row, dict) and type(row.get("step")) is int: rows.append(row)
     return rows
 
+def count_rows(path: Path) -> int:
+    "How many lines a file has. In a run that is open for training each is a row; they are not read, so that a save costs the same after a year."
+    if not path.exists(): return 0
+    with open(path, "rb") as f: return sum(block.count(b"\n") for block in iter(lambda: f.read(1 << 20), b""))
+
 @patch
 def log(self: Run, step: int,        # environment steps so far
         metrics: dict) -> None:      # name -> number (or tensor with one element, or text)
@@ -431,12 +439,15 @@ def log(self: Run, step: int,        # environment steps so far
 
 @patch
 def _events(self: Run, row: dict) -> None:
-    "Send the numbers of a row to TensorBoard."
+    "Send the numbers of a row to TensorBoard, as one event: protobuf gives all free memory back at every 10,000th message, `keep_memory` or not."
+    from tensorboard.compat.proto.summary_pb2 import Summary
     if self._writer is None:
         from torch.utils.tensorboard import SummaryWriter
         self._writer = SummaryWriter(str(self.path), purge_step=row["step"], flush_secs=10)
+    event = Summary()
     for k, v in row.items():
-        if k not in ("step", "time") and isinstance(v, (int, float)): self._writer.add_scalar(k, v, row["step"])
+        if k not in ("step", "time") and isinstance(v, (int, float)): event.value.add(tag=k, simple_value=v)
+    self._writer.file_writer.add_summary(event, row["step"])
 
 @patch
 def metrics(self: Run) -> list[dict]:
@@ -456,7 +467,7 @@ def save(self: Run, step: int,                   # environment steps so far
         try:
             shutil.rmtree(tmp, ignore_errors=True)
             if self._log: os.fsync(self._log.fileno())      # the manifest says how many rows there are; resuming cuts later ones
-            about = dict(step=int(step), time=round(time.time(), 3), rows=len(self.metrics()), score=as_number(score))
+            about = dict(step=int(step), time=round(time.time(), 3), rows=count_rows(self.path/"metrics.jsonl"), score=as_number(score))
             write_checkpoint(tmp, model, training, replay, about)
             if final.exists(): os.rename(final, old)   # the same step saved again: the old one stays until the new one is there
             os.rename(tmp, final); sync_folder(home)
@@ -581,6 +592,7 @@ class Stop:
         if again or not self.grace: self._late(number, frame)
         self._alarm(self.grace)
     def _late(self, number, frame):
+        self._alarm(max(1., self.grace))        # once more, if this is raised where Python drops exceptions (in a destructor, say)
         raise KeyboardInterrupt(f"stopped by {self.signal} in the middle of a step. The last checkpoint is intact; the same command goes on from there.")
 
 # %% ../nbs/01_run.ipynb #cell-044

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cpu', 'atari100k', 'debug', 'small', 'tiny',
-           'sparse', 'recurrent', 'preset', 'Trainer', 'held_out', 'make_parts', 'make_agent', 'check_fit',
-           'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world']
+           'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'make_parts',
+           'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world']
 
 # %% ../nbs/60_train.ipynb #cell-003
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,7 +32,7 @@ from .evaluate.rollouts import rollout_error
 from .evaluate.scores import HELD_OUT_SEED, evaluate, scores_json
 from .nets.levels import LevelsConfig
 from .nets.transformer import TransformerConfig
-from .run import Checkpoint, Run, Stop, check_finite, enough_memory, packed, restore_rng, rng_state, unpacked
+from .run import Checkpoint, Run, Stop, check_finite, enough_memory, packed, plain, restore_rng, rng_state, unpacked
 from .tokens.tokenizer import TokenizerConfig
 from .worlds.base import WorldModel
 from .worlds.hdreamer import HDreamer, HDreamerConfig
@@ -254,15 +255,39 @@ class Trainer:
         t = last.training()
         load_weights(self.agent, last)
         try:
+            self.check_training(t)
             self.optimizer.load_state_dict(t["optimizer"]); self.learner.load_state_dict(t["learner"])
             self.clock |= dict(until=t["clock"]["steps"]) | t["clock"]
             self.recent, self.seconds, self.collector.steps = t["recent"], t["seconds"], self.clock["steps"]
             if "games" in t: self.put_back(t)
             else: self.agent.generator.set_state(t["agent"])
             restore_rng(t["rng"])                        # last of all: what came before may have drawn from it
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
             raise HidreamerError(f"checkpoint={str(last.path)!r}: its training.pt is not of this version ({type(e).__name__}: {str(e)[:120]}). "
                                  "Use the version that made it, or train anew in another --run DIR.") from e
+
+    def check_training(self, t: dict):
+        "Raise `ValueError` unless a checkpoint's training state is made as this run's own is: all that will be used has the right types and shapes."
+        own, new = plain(self.training()), "games" in t                # older ones lack some parts
+        check_optimizer(self.optimizer, t["optimizer"])
+        for name, o in vars(self.learner).items():
+            if isinstance(o, torch.optim.Optimizer): check_optimizer(o, t["learner"][name])
+        fits({k: v for k, v in own["learner"].items() if k != "optimizer"}, {k: v for k, v in t["learner"].items() if k != "optimizer"}, "learner")
+        fits({k: own["clock"][k] for k in t["clock"]}, t["clock"], "clock")
+        if t["clock"].get("until", 0) > t["clock"]["steps"] + max(self.cfg.block, self.cfg.random_steps): raise ValueError("clock.until is too far away")
+        fits([0.] * len(t["recent"]), t["recent"], "recent"); fits(dict.fromkeys(t["seconds"], 0.), t["seconds"], "seconds")
+        if not new: return
+        if not all(len(v) == 2 and torch.as_tensor(v[0]).shape == () and v[1] >= 1 for v in t["logs"].values()): raise ValueError("logs are no sums")
+        for k in ("row", "chance", "restarts"): fits(own[k], t[k], k)
+        fits(own["row"], t["judged"] or own["row"], "judged")
+        fits([own["rng"]["torch"], own["rng"]["python"][1]], [t["rng"]["torch"], t["rng"]["python"][1]], "rng")
+        fits({k: own["beside"][k] for k in t["beside"] if torch.is_tensor(own["beside"][k])}, t["beside"], "beside")
+        if (a := t["agent"]["actions"]) is not None:
+            fits(torch.zeros(self.cfg.envs, dtype=torch.int64), a, "agent.actions")
+            if not 0 <= a.min() <= a.max() < int(self.envs.single_action_space.n): raise ValueError("agent.actions are none of this game's")
+        played, limit = t["games"]["games"]["played"], self.cfg.atari.time_limit
+        if any(p.ndim != 1 or p.dtype != torch.uint8 or len(p) > limit for p in played): raise ValueError("games.played are no games")
+        own["games"]["games"]["played"] = played; fits(own["games"], t["games"], "games")
 
     def put_back(self, t: dict):
         "The games in progress, what the agent remembers of them, what was logged since the last row."
@@ -274,8 +299,10 @@ class Trainer:
         if t["agent"]["actions"] is None: return
         with torch.no_grad(), evaluating(self.agent), autocast(self.device, self.cfg.precision):
             like = self.world.observe(self.agent._begin(self.collector.frames.to(self.device)))
-        try: self.agent.state, self.agent.actions = unpacked(like, t["agent"]["state"]), t["agent"]["actions"].to(self.device)
-        except ValueError: tqdm.write("the agent's memory is of another precision and begins anew")
+            try: state = unpacked(like, t["agent"]["state"])
+            except ValueError: tqdm.write("the agent's memory is of another precision and begins anew"); return
+            if self.world.features(state).shape != self.world.features(like).shape: raise ValueError("a memory of another shape")
+        self.agent.state, self.agent.actions = state, t["agent"]["actions"].to(self.device)
 
     # ---- the work
     @contextmanager
@@ -420,22 +447,37 @@ class Trainer:
 
     def judge(self) -> dict:
         "Final evaluation beside the random policy, rollout error on held-out games, the film, the report."
-        cfg, r, training = self.cfg, self.run, self.training()      # evaluating leaves no trace in what is learned later
-        with Stop(grace=0), self.timed("evaluate"):
-            held = held_out(self.agent, cfg, cfg.seed)
-            with autocast(self.device, cfg.precision):
-                errors = rollout_error(self.world, held, context=cfg.dream_context)
-                r.write_json("rollouts.json", errors.to_dict() | self.world.diagnose(held))
-                r.write_json("costs.json", self.costs(held))
-                dream(self.world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
-            mine = evaluate(self.agent, cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
-            chance = evaluate(RandomAgent(self.world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
+        r, training = self.run, self.training()         # evaluating leaves no trace in what is learned later
+        with Stop(grace=0), self.timed("evaluate"), evaluating(self.agent):     # a resumed run has not been in this mode yet
+            mine, chance = self.twice(self.measure, training["rng"])
         scores = scores_json(mine, chance, environment_steps=self.clock["steps"], wall_time=time.time() - self.began)
         r.write_json("scores.json", scores)
         self.run.log(self.clock["steps"], {"score/mean": mine.mean, "score/random": chance.mean, "time/evaluate": self.seconds["evaluate"]})
         write_report(r.path)
         self.save(training | dict(judged=self.row))      # with the row above in it
         return scores
+
+    def twice(self, work, rng: dict):
+        "What `work()` returns. If it raises, because an environment broke, it begins anew once, from the same random numbers; then it is an error."
+        for last in (False, True):
+            try: return work()
+            except (HidreamerError, MemoryError, torch.OutOfMemoryError): raise
+            except Exception as e:      # whatever an environment's own code raises
+                what = f"{type(e).__name__}: {e}"
+                if last: raise HidreamerError(f"Evaluation fails ({what}). All that was learned is saved; the same command evaluates it.") from e
+                tqdm.write(f"Evaluation failed ({what}) and begins anew."); restore_rng(rng); self.envs.restarts += 1
+
+    def measure(self):
+        "Rollout errors, costs and film, written to the run's folder; returns the scores of the agent's games and of the random policy's."
+        cfg, r = self.cfg, self.run
+        held = held_out(self.agent, cfg, cfg.seed)
+        with autocast(self.device, cfg.precision):
+            errors = rollout_error(self.world, held, context=cfg.dream_context)
+            r.write_json("rollouts.json", errors.to_dict() | self.world.diagnose(held))
+            r.write_json("costs.json", self.costs(held))
+            dream(self.world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
+        mine = evaluate(self.agent, cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
+        return mine, evaluate(RandomAgent(self.world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
 
     def costs(self, held: list[Segment], rows: int = 64) -> dict:
         "What dreaming and learning cost: operations and seconds of a dream of `rows` rows, seconds of all learning."
@@ -446,6 +488,39 @@ class Trainer:
     def close(self): self.envs.close(); self.run.close()
 
 # %% ../nbs/60_train.ipynb #cell-009
+def fits(own, x, name: str) -> None:
+    "Raise `ValueError`, naming the place, unless `x` is made as `own` is: tensors of the same shape and type, finite numbers for numbers, the same keys."
+    number = lambda v: type(v) in (int, float) and abs(v) < math.inf
+    if isinstance(own, torch.Tensor):
+        ok = torch.is_tensor(x) and x.shape == own.shape and x.dtype == own.dtype and not (x.is_floating_point() and x.isnan().any())
+    elif isinstance(own, dict):
+        ok = isinstance(x, dict) and set(own) <= set(x)
+        if ok:
+            for k in own: fits(own[k], x[k], f"{name}.{k}")
+    elif isinstance(own, (list, tuple)):
+        ok = isinstance(x, (list, tuple)) and len(x) == len(own)
+        if ok:
+            for i, v in enumerate(own): fits(v, x[i], f"{name}[{i}]")
+    else: ok = type(x) is type(own) if own is None or isinstance(own, (bool, str)) else number(x)
+    if not ok: raise ValueError(f"{name} is another kind of thing")
+
+def check_optimizer(own: torch.optim.Optimizer, kept: dict) -> None:
+    """Raise `ValueError` unless `kept` is a state of `own`.
+
+    PyTorch does not ask, and a fused step reads and writes as many numbers as the weights have, whatever is there."""
+    groups, mine, state = kept["param_groups"], own.state_dict()["param_groups"], kept["state"]
+    weights = [p for g in own.param_groups for p in g["params"]]
+    same = len(groups) == len(mine) and all(m[k] == g.get(k, m[k]) for m, g in zip(mine, groups) for k in m if k != "lr")
+    if not same: raise ValueError("an optimiser of other settings")
+    fits([m["lr"] for m in mine], [g["lr"] for g in groups], "lr")
+    for i, s in state.items():
+        if type(i) is not int or not 0 <= i < len(weights) or set(s) != {"step", "exp_avg", "exp_avg_sq"}: raise ValueError("an optimiser of another kind")
+        if not (torch.is_tensor(s["step"]) and s["step"].shape == () and 0 <= s["step"] < 2**53): raise ValueError("an optimiser that has made no steps")
+        for k in ("exp_avg", "exp_avg_sq"):
+            fits(weights[i], s[k], f"optimizer.{i}.{k}")
+            if s[k].stride() != weights[i].stride(): raise ValueError(f"optimizer.{i}.{k} lies otherwise in memory")
+
+# %% ../nbs/60_train.ipynb #c2c7d72a
 def held_out(agent: Agent, cfg: TrainConfig, seed: int = 0, envs: int = 8, steps: int = 400) -> list[Segment]:
     "Games that were never trained on: the first `steps` steps of one game in each of `envs` environments, played by `agent`."
     vec = make_envs(cfg.env, envs, HELD_OUT_SEED + 1 + seed, cfg.atari)
@@ -488,6 +563,8 @@ def load_weights(agent: Agent, last: Checkpoint) -> None:
     except RuntimeError as e:
         raise HidreamerError(f"checkpoint={str(last.path)!r}: its weights do not fit this version of the model: {str(e).splitlines()[-1].strip()[:200]} "
                              "Use the version that made it (scores.json and the manifest name its commit), or train anew in another --run DIR.") from e
+    for name, p in agent.named_parameters():
+        check(bool(p.isfinite().all()), "checkpoint", str(last.path), f"has no finite numbers in {name}", "Use an earlier one.")
 
 def beside(world: nn.Module) -> dict:
     "What a world keeps beside its `state_dict`: buffers that are not stored there, and lists of tensors."
@@ -502,6 +579,7 @@ def put_beside(world: nn.Module, kept: dict) -> None:
     for name, v in kept.items():
         module, _, k = name.rpartition(".")
         if torch.is_tensor(own[name]): own[name].copy_(v)
+        elif len({x.shape[1:] for x in v}) > 1: raise ValueError(f"{name} holds tensors of several shapes")
         else: setattr(world.get_submodule(module), k, [x.to(device) for x in v])
 
 def train(cfg: TrainConfig) -> Path:

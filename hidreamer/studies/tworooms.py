@@ -10,6 +10,7 @@ __all__ = ['METRICS', 'StudyConfig', 'stage', 'save_stage', 'learn', 'train_leve
 # %% ../../nbs/73_studies.tworooms.ipynb #02082cec
 import argparse
 import csv
+import io
 import json
 import sys
 import time
@@ -25,7 +26,7 @@ from ..core import Config, check, keep_memory
 from ..data.tworooms import LAYOUTS, Offline, OfflineConfig, Trials, draw_walls, make_offline, make_trials, named, render
 from ..evaluate.report import CSS, embed, number, table, tile
 from ..evaluate.statistics import bootstrap_difference, mcnemar, resampled
-from ..run import Run, Stop, provenance
+from ..run import Run, Stop, provenance, refuse, restore_rng, rng_state, write_atomic
 from ..worlds.hjepa import HJEPA, JEPAConfig, Probe, encode_all, fit_range, probe_errors, refine_stage, standardise_on, train_probe
 
 # %% ../../nbs/73_studies.tworooms.ipynb #c55e3fde
@@ -80,23 +81,26 @@ def stage(world: HJEPA, name: str, cfg: StudyConfig, data: Offline, z):
 
 def save_stage(run: Run, world: HJEPA, which: int, current, seconds: float):
     "A checkpoint: weights, which stage, what it needs to go on."
-    run.save(sum(run.work[:which]) + current.done, world.state_dict(), dict(which=which, stage=current.state_dict(), seconds=seconds))
+    run.save(sum(run.work[:which]) + current.done, world.state_dict(), dict(which=which, stage=current.state_dict(), seconds=seconds, rng=rng_state()))
 
 def learn(folder: Path, cfg: StudyConfig, level: int, data: Offline, world: HJEPA) -> float:
     "Train a level in a run folder, or go on with it; returns the seconds it took. Ctrl-C saves and raises `KeyboardInterrupt`."
     names = ("joint", "refine") if level == 1 else ("above",)
-    run = Run(folder, cfg.of_level(level), keep=1, tensorboard=False); run.work = [cfg.updates[n] for n in names]
+    run = Run(folder, cfg.of_level(level), keep=2, tensorboard=False); run.work = [cfg.updates[n] for n in names]
     saved, z, begin, first, state = run.latest(), None, time.perf_counter(), 0, None
     before = 0.
     if saved:
-        world.load_state_dict(saved.model()); kept = saved.training()
-        first, state, before = kept["which"], kept["stage"], kept["seconds"]
+        kept = saved.training()
+        try: world.load_state_dict(saved.model()); restore_rng(kept["rng"]); first, state, before = kept["which"], kept["stage"], kept["seconds"]
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError) as e: refuse(saved.path, "does not fit this level", e)
     try:
         with Stop() as stop, tqdm(total=sum(run.work), initial=saved.step if saved else 0, desc=f"level {level}", unit="update", mininterval=1) as bar:
             for which, name in enumerate(names[first:], first):
                 if name != "joint" and z is None: z = encode_all(world.level1, data)
                 now = stage(world, name, cfg, data, z)
-                if state: now.load_state_dict(state); state = None
+                try:
+                    if state: now.load_state_dict(state); state = None
+                except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as e: refuse(saved.path, "does not fit this stage", e)
                 while now.done < now.updates:
                     parts = now.update(); bar.update(); step = sum(run.work[:which]) + now.done
                     if step % 50 == 0: run.log(step, parts)
@@ -152,7 +156,8 @@ def radius(cfg: StudyConfig, z) -> float:
 def planners(world: HJEPA, cfg: StudyConfig, radius: float, seed: int = 0) -> dict[str, Flat | TwoLevel]:
     "Flat and long-sighted, flat and short-sighted, frame skip, and, with a level 2, two levels; all within `cfg.budget`."
     l1, l2, skip, most = world.level1, world.level2, world.cfg.step_skip, named(cfg.layout).max_step
-    def planner(step, price=1., **kw): return Planner(step, latent_cost(radius), 2, PlanConfig(temperature=.02, fine=.25, rows=8192, **kw), ball(most), seed, price)
+    def planner(step, price=1., **kw):
+        return Planner(step, latent_cost(radius), 2, PlanConfig(temperature=.02, fine=.25, rows=8192, **kw), ball(most), seed, price)
     def flat(h, every, share=1., noise=2., c=.9): return Flat(planner(l1.step, horizon=h, every=every, noise=noise, correlation=c,
             samples=max(8, round(share * cfg.budget * every / h))))
     decisions = -(-cfg.horizon // skip)
@@ -217,12 +222,13 @@ def draw_paths(played: dict[str, Played], which: list[int]) -> Figure:
 
 def write_trials(path: Path, played: dict[str, Played]):
     "One row for each planner and trial."
-    with open(path, "w", newline="", encoding="utf-8") as f:
+    with io.StringIO(newline="") as f:
         w = csv.writer(f); w.writerow(["planner", "trial", "start_x", "start_y", "goal_x", "goal_y", "success", "steps", "error"])
         for name, p in played.items():
             for i in range(len(p.trials)):
                 w.writerow([name, i, *(f"{v:.3f}" for v in (*p.trials.starts[i].tolist(), *p.trials.goals[i].tolist())), int(p.success[i]), int(p.steps[i]),
                         f"{p.error[i]:.4f}"])
+        write_atomic(path, f.getvalue().encode())
 
 def lines(summary: dict) -> list[list[str]]:
     "The table's rows: the planners' figures."
@@ -268,7 +274,8 @@ def run_study(cfg: StudyConfig, output: Path, mode: str = "both", arms: list[str
     played = evaluate_arms(world, probe, cfg, trials, radius(cfg, z), arms)
     summary = dict(config=cfg.to_dict(), mode=mode, command=command, seconds=seconds, probes=probe_errors(world.level1, probe, held_out), **compared(played),
             provenance=provenance())
-    write_trials(output / "trials.csv", played); (output / "summary.json").write_text(json.dumps(summary, indent=1)); write_page(output, summary, played)
+    write_trials(output / "trials.csv", played); write_atomic(output / "summary.json", json.dumps(summary, indent=1).encode())
+    write_page(output, summary, played)
     return summary, played
 
 # %% ../../nbs/73_studies.tworooms.ipynb #ae3207b0
@@ -297,7 +304,8 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--mode", default="both"); p.add_argument("--arms", nargs="+")
     p.add_argument("--runs", type=Path, default=Path("runs/tworooms-study")); p.add_argument("--out", type=Path, required=True)
     a = p.parse_args(arguments)
-    cfgs = [StudyConfig(layout=a.layout, between=a.between, transitions=n, epochs=round(a.epochs * max(a.sizes) / n), seed=s, trials=a.trials, budget=a.budget, horizon=a.horizon)
+    cfgs = [StudyConfig(layout=a.layout, between=a.between, transitions=n, epochs=round(a.epochs * max(a.sizes) / n), seed=s, trials=a.trials, budget=a.budget,
+                        horizon=a.horizon)
             for s in a.seeds for n in a.sizes]
     for r in study(cfgs, a.runs, a.out, a.mode, a.arms, "python -m hidreamer.studies.tworooms " + " ".join(arguments)): print(show(r))
 
