@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'THEIRS', 'OPTIONAL', 'TO', 'MODEL', 'SPECIAL', 'CNN', 'ONLY', 'FREE', 'IDLE', 'KNOWN', 'BLOCKS', 'HIERARCHY',
-           'stop', 'listed', 'instructions', 'read_checkpoint', 'plain', 'one_of_each', 'same_memory', 'theirs',
-           'shape', 'world_sizes', 'policy_sizes', 'compare', 'expected', 'fill', 'load_dreamerv3', 'hierarchical',
-           'fill_agent', 'Loader', 'read_yaml', 'brief', 'flat', 'typed_as', 'only', 'find_env', 'amounts',
-           'consistent', 'read_configs', 'nest']
+           'stop', 'listed', 'read_checkpoint', 'plain', 'one_of_each', 'same_memory', 'theirs', 'shape', 'world_sizes',
+           'policy_sizes', 'compare', 'expected', 'fill', 'load_dreamerv3', 'hierarchical', 'fill_agent', 'Loader',
+           'read_yaml', 'brief', 'flat', 'typed_as', 'only', 'find_env', 'amounts', 'consistent', 'read_configs',
+           'nest']
 
 # %% ../nbs/55_dreamerv3.ipynb #5d4ac216
 import difflib
-import pickle
 import re
 import reprlib
-import zipfile
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -25,6 +23,7 @@ from .behave.agent import Agent
 from .behave.dreamer import ActorCriticConfig, ActorCriticPolicy
 from .core import HidreamerError, check, nearest
 from .data.envs import GAMES
+from .run import check_archive
 from .worlds.hdreamer import HDreamer, HDreamerConfig
 from .worlds.rssm import Dreamer, DreamerConfig
 
@@ -38,29 +37,18 @@ def listed(names: Iterable[str], n: int = 4) -> str:
     names = list(names)
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
-def instructions(path: Path) -> bytes:
-    "What the archive's pickle says; nothing if there is none that can be read."
-    try:
-        with zipfile.ZipFile(path) as z:
-            names = [i for i in z.infolist() if i.filename.endswith("data.pkl") and i.file_size <= path.stat().st_size]
-            return b"".join(z.read(i) for i in names)
-    except Exception: return b""      # then PyTorch refuses it too
-
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The weights in a dreamerv3-torch `latest.pt` by the names they have there, still on disk.
 
     No code in the file is run. Raises `HidreamerError` for anything that is not such a file."""
     path = Path(path).expanduser()
     if not path.is_file(): stop(path, "is not a file")
-    if b"bytearray" in instructions(path): stop(path, "wants memory that it has no bytes for, so it is refused")
-    try: saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        what = re.search(r"(?:GLOBAL|Unsupported (?:global|class)[^\w]*|function) ?:? ?`?([\w.]+)`?", str(e))
-        stop(path, f"holds Python objects{f' ({what[1]})' if what else ''}, and reading those can run any program, so it is refused",
-             "Only tensors in dictionaries are read; save agent_state_dict again as such.")
+    try:
+        check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except HidreamerError as e: raise HidreamerError(f"{e} Only tensors in dictionaries are read; save agent_state_dict again as such.") from e
     except Exception as e:
-        why = str(e).split("\n")[0].split(". ")[0][:150]
-        stop(path, f"is truncated, or not a PyTorch checkpoint{'' if 'mmap' in why else f' ({type(e).__name__}: {why})'}",
+        stop(path, f"is truncated, or not a PyTorch checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''})",
              "Copy it again; files older than PyTorch 1.6 must be saved again.")
     weights = saved.get("agent_state_dict") if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not weights:

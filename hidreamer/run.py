@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'explained', 'sync_folder', 'write_synced', 'write_atomic', 'flatten', 'differences', 'plain',
-           'packed', 'unpacked', 'rng_state', 'restore_rng', 'refuse', 'check_pickle', 'members', 'clean_archive',
-           'read_plain', 'read_arrays', 'Checkpoint', 'file_hash', 'write_checkpoint', 'alive', 'hold', 'release',
-           'Run', 'as_number', 'read_rows', 'count_rows', 'check_finite', 'enough_memory', 'Stop', 'git_commit',
-           'cpu_name', 'present_state', 'provenance']
+           'packed', 'unpacked', 'rng_state', 'restore_rng', 'refuse', 'Stand', 'Rehearsal', 'check_pickle', 'members',
+           'check_archive', 'clean_archive', 'read_plain', 'read_arrays', 'Checkpoint', 'file_hash', 'write_checkpoint',
+           'alive', 'hold', 'release', 'Run', 'as_number', 'read_rows', 'count_rows', 'check_finite', 'enough_memory',
+           'Stop', 'git_commit', 'cpu_name', 'present_state', 'provenance']
 
 # %% ../nbs/01_run.ipynb #cell-003
 import copy
@@ -17,7 +17,7 @@ import io
 import json
 import math
 import os
-import pickletools
+import pickle
 import platform
 import random
 import re
@@ -153,13 +153,35 @@ def refuse(path: Path, why: str, e: BaseException | None = None):
     text = " ".join(str(e).split())[:160] if e else ""
     raise HidreamerError(f"file={str(path)!r}: {why}{f' ({type(e).__name__}: {text})' if e else ''}. Use an earlier checkpoint, or a copy.") from e
 
+class Stand(dict):
+    "Stands for a tensor, or is an ordered dictionary, while a pickle is rehearsed."
+
+class Rehearsal(pickle._Unpickler):
+    """Follows a pickle's instructions with stand-ins where PyTorch would make tensors; raises `HidreamerError` at the first that does something else.
+
+    PyTorch's own reader writes what it met into its error messages, which a file can make endless: so a file that would be refused must not reach it."""
+    dispatch = {k: f for k, f in pickle._Unpickler.dispatch.items() if bytes([k]) not in
+                (pickle.STACK_GLOBAL, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
+                 pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)}
+    def __init__(self, data: bytes, path: Path): super().__init__(io.BytesIO(data)); self.path = path
+    def find_class(self, module: str, name: str):
+        if f"{module} {name}" not in PARTS: refuse(self.path, f"wants {module[:60]}.{name[:60]}, and reading that could run any program")
+        return dict(_rebuild_tensor_v2=self.tensor, OrderedDict=self.ordered).get(name, name)
+    def persistent_load(self, pid) -> str:
+        shape = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and str(pid[1]).endswith("Storage")
+        if not shape or not all(type(x) is str and len(x) < 100 for x in pid[1:4]): refuse(self.path, "holds Python objects")
+        return "storage"
+    def tensor(self, storage, offset, size: tuple, stride: tuple, *rest) -> Stand:
+        if storage != "storage" or len(size) > 16 or len(rest) > 3: refuse(self.path, "holds a tensor that is none")
+        return Stand()
+    def ordered(self) -> Stand: return Stand()
+
 def check_pickle(data: bytes, path: Path) -> None:
-    "Raise unless a pickle's instructions build tensors and containers, and nothing else."
-    n = 0
-    for n, (op, arg, _) in enumerate(pickletools.genops(data)):      # noqa: B007
-        if op.name == "GLOBAL" and arg not in PARTS: refuse(path, f"wants {arg.replace(' ', '.')}, and reading that could run any program")
-        if op.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID"): refuse(path, "holds Python objects")
-        if op.name == "LONG_BINPUT" and arg > len(data): refuse(path, "is no intact checkpoint")
+    "Raise `HidreamerError` unless a pickle's instructions build tensors and containers, and nothing else."
+    try: Rehearsal(data, path).load()
+    except HidreamerError: raise
+    except KeyError as e: refuse(path, "holds Python objects" if type(e.args[0]) is int and 0 < e.args[0] < 256 else "is no intact checkpoint")
+    except Exception as e: refuse(path, f"is no intact checkpoint ({type(e).__name__})")
 
 def members(z: zipfile.ZipFile, path: Path) -> list[str]:
     "The names in an archive that is not compressed and claims no more bytes than the file has; else an error."
@@ -168,15 +190,19 @@ def members(z: zipfile.ZipFile, path: Path) -> list[str]:
         refuse(path, "is compressed, or claims more bytes than it has")
     return names
 
+def check_archive(path: Path) -> str:
+    "The name of the folder in an archive of `torch.save`; raises `HidreamerError` for what such an archive never holds."
+    with zipfile.ZipFile(path) as z:
+        roots = [n[:-len("/data.pkl")] for n in members(z, path) if re.fullmatch(r"[^/]+/data\.pkl", n)]
+        if len(roots) != 1: refuse(path, "is not a file of torch.save")
+        check_pickle(z.read(f"{roots[0]}/data.pkl"), path)
+    return roots[0]
+
 def clean_archive(path: Path) -> io.BytesIO:
-    "The archive of `torch.save`, copied member by member; raises for what such an archive never holds."
-    new = io.BytesIO()
+    "The archive of `torch.save`, copied member by member; raises as `check_archive` does."
+    new, root = io.BytesIO(), check_archive(path)
     with zipfile.ZipFile(path) as z, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as clean:
-        names = members(z, path)
-        root = next((n[:-len("/data.pkl")] for n in names if re.fullmatch(r"[^/]+/data\.pkl", n)), None)
-        if root is None: refuse(path, "is not a file of torch.save")
-        check_pickle(z.read(f"{root}/data.pkl"), path)
-        for n in names:
+        for n in members(z, path):
             if re.fullmatch(r"(data/\d+|data\.pkl|version|byteorder)", n.removeprefix(root + "/")): clean.writestr("archive" + n[len(root):], z.read(n))
     new.seek(0)
     return new

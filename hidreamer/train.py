@@ -281,7 +281,7 @@ class Trainer:
         for k in ("row", "chance", "restarts"): fits(own[k], t[k], k)
         fits(own["row"], t["judged"] or own["row"], "judged")
         fits([own["rng"]["torch"], own["rng"]["python"][1]], [t["rng"]["torch"], t["rng"]["python"][1]], "rng")
-        fits({k: own["beside"][k] for k in t["beside"] if torch.is_tensor(own["beside"][k])}, t["beside"], "beside")
+        fits({k: v for k, v in own["beside"].items() if torch.is_tensor(v)}, t["beside"], "beside")
         if (a := t["agent"]["actions"]) is not None:
             fits(torch.zeros(self.cfg.envs, dtype=torch.int64), a, "agent.actions")
             if not 0 <= a.min() <= a.max() < int(self.envs.single_action_space.n): raise ValueError("agent.actions are none of this game's")
@@ -299,10 +299,12 @@ class Trainer:
         if t["agent"]["actions"] is None: return
         with torch.no_grad(), evaluating(self.agent), autocast(self.device, self.cfg.precision):
             like = self.world.observe(self.agent._begin(self.collector.frames.to(self.device)))
-            try: state = unpacked(like, t["agent"]["state"])
+            try: state, spare = (unpacked(like, t["agent"]["state"]) for _ in range(2))
             except ValueError: tqdm.write("the agent's memory is of another precision and begins anew"); return
-            if self.world.features(state).shape != self.world.features(like).shape: raise ValueError("a memory of another shape")
-        self.agent.state, self.agent.actions = state, t["agent"]["actions"].to(self.device)
+            actions, c = t["agent"]["actions"].to(self.device), self.collector
+            seen = self.world.features(self.world.track(spare, actions, c.frames.to(self.device), c.first.to(self.device)))      # it is tried on a copy first
+            if seen.shape != self.world.features(like).shape: raise ValueError("a memory of another shape")
+        self.agent.state, self.agent.actions = state, actions
 
     # ---- the work
     @contextmanager
@@ -567,17 +569,16 @@ def load_weights(agent: Agent, last: Checkpoint) -> None:
         check(bool(p.isfinite().all()), "checkpoint", str(last.path), f"has no finite numbers in {name}", "Use an earlier one.")
 
 def beside(world: nn.Module) -> dict:
-    "What a world keeps beside its `state_dict`: buffers that are not stored there, and lists of tensors."
-    saved = world.state_dict()
+    "What a world keeps beside its `state_dict`: the buffers that its modules name as `remembered`, and lists of tensors."
     lists = {f"{m}.{k}": v for m, module in world.named_modules() for k, v in vars(module).items()
              if isinstance(v, list) and all(map(torch.is_tensor, v))}
-    return {k: v for k, v in world.named_buffers() if k not in saved} | lists
+    return {f"{m}.{k}": getattr(module, k) for m, module in world.named_modules() for k in getattr(module, "remembered", ())} | lists
 
 def put_beside(world: nn.Module, kept: dict) -> None:
     "The inverse of `beside`."
     device, own = next(world.parameters()).device, beside(world)
-    for name, v in kept.items():
-        module, _, k = name.rpartition(".")
+    for name in own:
+        module, _, k = name.rpartition("."); v = kept[name]
         if torch.is_tensor(own[name]): own[name].copy_(v)
         elif len({x.shape[1:] for x in v}) > 1: raise ValueError(f"{name} holds tensors of several shapes")
         else: setattr(world.get_submodule(module), k, [x.to(device) for x in v])

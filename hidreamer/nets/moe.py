@@ -107,6 +107,7 @@ class MoE(nn.Module):
 
     `hidden` is the width of the dense `SwiGLU` that it replaces at equal active FLOPs. Balancing without a loss: Wang et al.
     2024, arXiv 2408.15664, alg. 1. z-loss: Zoph et al. 2022, arXiv 2202.08906, eq. 5."""
+    remembered = "counts", "load"        # buffers that a training state keeps, for an exact resume
     def __init__(self, dim: int, hidden: int, experts: int, top_k: int = 1, shared: bool = True, nudge: float = 1e-3):
         super().__init__()
         check(experts >= 2, "experts", experts, "must be at least 2", "1 expert is a dense layer: SwiGLU.")
