@@ -28,6 +28,8 @@ class PlanConfig(Config):
     correlation: float = 0.      # of the noise of consecutive decisions; 0 = independent
     fine: float = 0.             # share of the samples whose noise is only `fine_noise` as strong
     fine_noise: float = .08
+    fresh: float = 0.            # share of the samples around doing nothing instead of around the mean
+    discount: float = 1.         # of the cost, per decision
     temperature: float = .005    # mppi: of the weights, in units of `relative`
     relative: bool = True        # mppi: temperature in units of the standard deviation of a trial's costs; False: of the cost itself
     elites: int = 16             # cem: sequences that are kept
@@ -39,7 +41,8 @@ class PlanConfig(Config):
         for name in ("samples", "horizon", "iterations", "every", "rows"):
             check(getattr(self, name) >= 1, f"plan.{name}", getattr(self, name), "must be at least 1")
         for name in ("noise", "temperature", "fine_noise"): check(getattr(self, name) > 0, f"plan.{name}", getattr(self, name), "must be above 0")
-        for name in ("correlation", "fine"): check(0 <= getattr(self, name) < 1, f"plan.{name}", getattr(self, name), "must lie in [0, 1)")
+        for name in ("correlation", "fine", "fresh"): check(0 <= getattr(self, name) < 1, f"plan.{name}", getattr(self, name), "must lie in [0, 1)")
+        check(0 < self.discount <= 1, "plan.discount", self.discount, "must lie in (0, 1]")
         check(2 <= self.elites <= self.samples or self.method != "cem", "plan.elites", self.elites, f"must be from 2 to samples = {self.samples}")
         check(self.every <= self.horizon, "plan.every", self.every, f"must not exceed the horizon, {self.horizon}")
         return super().check()
@@ -69,7 +72,7 @@ def box(low, high) -> Callable[[Tensor], Tensor]:
 class Planner:
     """Samples action sequences around a mean, simulates them all, and moves the mean towards the cheap ones.
 
-    `step(state (n ...), action (n a)) -> state` are the dynamics, `cost(state (n ...), goal (n ...)) -> (n,)` is summed over the states reached. Neither
+    `step(state (n ...), action (n a)) -> state` are the dynamics, `cost(state (n ...), goal (n ...)) -> (n,)` is summed, discounted, over the states reached. Neither
     has to be differentiable. `used` counts the simulated steps."""
     def __init__(self, step: Callable, cost: Callable, actions: int, cfg: PlanConfig | None = None,
                  bound: Callable | None = None, seed: int = 0, price: int = 1):
@@ -88,10 +91,11 @@ class Planner:
         cfg, shape = self.cfg, (*mean.shape, self.cfg.samples)
         many = lambda x: planes(x.repeat_interleave(cfg.samples, 0))
         state, goal, std = many(state), many(goal), cfg.noise
+        around = torch.ones(cfg.samples, device=mean.device); around[cfg.samples - round(cfg.fresh * cfg.samples):] = 0
         for _ in range(cfg.iterations):
             noise = self._noise(shape, mean.device) * std
             noise[..., 0] = 0                                             # the mean itself is always tried
-            acts = self.bound((mean[..., None] + noise).movedim(1, -1)).movedim(-1, 1)
+            acts = self.bound((mean[..., None] * around + noise).movedim(1, -1)).movedim(-1, 1)
             w = METHODS[cfg.method](self.costs(state, goal, acts).view(-1, cfg.samples), cfg)
             mean = torch.einsum("habs,bs->hab", acts, w)
             if cfg.method == "cem": std = torch.einsum("habs,bs->hab", (acts - mean[..., None]) ** 2, w).sqrt()[..., None].clamp(min=.05 * cfg.noise)
@@ -104,9 +108,9 @@ class Planner:
         return x
 
     def costs(self, state, goal, acts: Float[Tensor, "h a ..."]) -> Float[Tensor, "n"]:
-        "Sum of the costs of all states that the sequences lead to."
-        total = 0.
-        for a in acts.flatten(2): state = self.step(state, a.T); total = total + self.cost(state, goal)
+        "Discounted sum of the costs of all states that the sequences lead to."
+        total, weight = 0., 1.
+        for a in acts.flatten(2): state = self.step(state, a.T); total = total + weight * self.cost(state, goal); weight *= self.cfg.discount
         self.used += self.price * acts[:, 0].numel()
         return total
 

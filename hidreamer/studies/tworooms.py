@@ -41,8 +41,9 @@ class StudyConfig(Config):
     trial_seed: int = 1000       # what the trials are made from
     between: int = 1             # walls between start and goal, at least
     budget: int = 2048           # steps that a planner may simulate for each step it takes
-    radius_steps: int = 5        # far enough to count as far: the cost is half its most where encodings differ as much as frames that many steps apart
-    horizon: int = 96            # steps that planners look ahead
+    radius_steps: int = 1        # far enough to count as far: the cost is half its most where encodings differ as much as frames that many steps apart
+    horizon: int = 128           # steps that planners look ahead
+    discount: float = .985       # of the cost, per step
     probe_updates: int = 1500
     model: JEPAConfig = field(default_factory=JEPAConfig)
 
@@ -81,7 +82,8 @@ def stage(world: HJEPA, name: str, cfg: StudyConfig, data: Offline, z):
 
 def save_stage(run: Run, world: HJEPA, which: int, current, seconds: float):
     "A checkpoint: weights, which stage, what it needs to go on."
-    run.save(sum(run.work[:which]) + current.done, world.state_dict(), dict(which=which, stage=current.state_dict(), seconds=seconds, rng=rng_state()))
+    step = sum(run.work[:which]) + current.done
+    run.save(step, world.state_dict(), dict(which=which, stage=current.state_dict(), seconds=seconds, rng=rng_state(), left=sum(run.work) - step))
 
 def learn(folder: Path, cfg: StudyConfig, level: int, data: Offline, world: HJEPA) -> float:
     "Train a level in a run folder, or go on with it; returns the seconds it took. Ctrl-C saves and raises `KeyboardInterrupt`."
@@ -122,7 +124,9 @@ def train_levels(cfg: StudyConfig, output: Path, mode: str = "both") -> tuple[HJ
     else:
         there = (output / "level1" / "config.json").exists()
         check(there, "output", str(output), "holds no level 1, and level 2 stands on one", "Run --mode l1 or --mode both first, with the same --output.")
-        world.load_level1(Run(output / "level1").checkpoint().model())
+        found = Run(output / "level1").checkpoint(); left = found.training().get("left", 0)
+        check(not left, "output", str(output), f"holds a level 1 that is not finished: {left} of its updates are left", "Run --mode l1 with the same --output to its end first.")
+        world.load_level1(found.model())
     if world.level2 is not None: seconds["level2"] = learn(output / "level2", cfg, 2, data, world)
     return world, seconds
 
@@ -138,15 +142,16 @@ def take(world: HJEPA, alone: HJEPA):
 
 # %% ../../nbs/73_studies.tworooms.ipynb #04f13d7e
 def latent_cost(radius: float, lower=lambda s: s):
-    "d / (d + radius), d the mean squared distance of the encodings in two states; 0 only where they agree."
+    "d / (d + radius), d the mean squared distance of the encodings in two states; 0 only where they agree. Of a belief (b m d), the worst that a predictor says."
     def cost(state, goal):
         d = (lower(state) - lower(goal)).square().mean(-1)
+        if d.ndim == 2: d = d.amax(1)
         return d / (d + radius)
     return cost
 
 def multiplications(*modules) -> int:
     "Of one forward pass through linear and recurrent layers: one for each entry of a weight matrix."
-    return sum(p.numel() for m in modules for p in m.parameters() if p.ndim == 2)
+    return sum(p.numel() for m in modules for name, p in m.named_parameters() if "weight" in name)
 
 def radius(cfg: StudyConfig, z) -> float:
     "Mean squared distance of encodings `radius_steps` apart, from the encodings `z` of all rows of the data."
@@ -154,22 +159,26 @@ def radius(cfg: StudyConfig, z) -> float:
     return (z[rows + cfg.radius_steps] - z[rows]).square().mean().item()
 
 def planners(world: HJEPA, cfg: StudyConfig, radius: float, seed: int = 0) -> dict[str, Flat | TwoLevel]:
-    "Flat and long-sighted, flat and short-sighted, frame skip, and, with a level 2, two levels; all within `cfg.budget`."
+    """Flat and long-sighted, flat and short-sighted, frame skip, and, with a level 2, two levels; all within `cfg.budget`.
+
+    A step of the budget is one predictor's: a belief of two predictors costs two."""
     l1, l2, skip, most = world.level1, world.level2, world.cfg.step_skip, named(cfg.layout).max_step
-    def planner(step, price=1., **kw):
-        return Planner(step, latent_cost(radius), 2, PlanConfig(temperature=.02, fine=.25, rows=8192, **kw), ball(most), seed, price)
-    def flat(h, every, share=1., noise=2., c=.9): return Flat(planner(l1.step, horizon=h, every=every, noise=noise, correlation=c,
-            samples=max(8, round(share * cfg.budget * every / h))))
+    m, common = world.cfg.members, dict(temperature=.02, fine=.25, fresh=.3, rows=8192)
+    def planner(step, hold=1, **kw):
+        return Planner(step, latent_cost(radius), 2, PlanConfig(discount=cfg.discount ** hold, **common, **kw), ball(most), seed, m * hold)
+    def flat(h, every, share=1., noise=4., c=.9): return Flat(planner(l1.step, horizon=h, every=every, noise=noise, correlation=c,
+            samples=max(8, round(share * cfg.budget * every / h / m))))
     decisions = -(-cfg.horizon // skip)
-    out = {"flat": flat(cfg.horizon, 8), "flat, short": flat(skip + 6, 4, c=.7),
-           "frame skip": Flat(planner(held(l1.step, skip), skip, horizon=decisions, samples=max(8, round(cfg.budget / decisions)), noise=2.), skip)}
+    out = {"flat": flat(cfg.horizon, 8), "flat, short": flat(skip + 6, 4, noise=2., c=.7),
+           "frame skip": Flat(planner(held(l1.step, skip), skip, horizon=decisions, samples=max(8, round(cfg.budget / decisions / m)), noise=2.), skip)}
     if l2 is None: return out
-    price, every = multiplications(l2.rnn, l2.decoder) / multiplications(l1.predictor), 5
+    price, every = m * multiplications(l2.rnn, l2.decoder) / multiplications(l1.predictor), 5
     samples = max(8, round(.6 * cfg.budget * every / decisions / price))
     high = Planner(l2.known_step, latent_cost(radius, l2.lower), cfg.model.l2_z_dim,
-                   PlanConfig(temperature=.02, rows=8192, fine=.25, horizon=decisions, samples=samples, noise=1.5, correlation=.5), l2.bound, seed, price)
-    near = .55                                     # at this cost or below (six steps or so) level 1 is given the goal itself
-    return out | {"two levels": TwoLevel(high, flat(skip, 2, .4, 1.5, .7), skip, every, near, None, l2.lift, l2.lower)}
+                   PlanConfig(horizon=decisions, samples=samples, noise=1.5, correlation=.5, discount=cfg.discount ** skip, **common), l2.bound, seed, price)
+    x = (6 / cfg.radius_steps) ** 2; near = x / (x + 1)           # at this cost or below (six steps or so) level 1 is given the goal itself
+    return out | {"two levels": TwoLevel(high, flat(skip, 2, .4, 1.5, .7), skip, every, near, None, lambda s: l2.lift(s.mean(1)),
+                                         lambda s: l1.believe(l2.lower(s)))}
 
 # %% ../../nbs/73_studies.tworooms.ipynb #60a45513
 def fixed_trials(cfg: StudyConfig, output: Path) -> Trials:
@@ -181,12 +190,13 @@ def fixed_trials(cfg: StudyConfig, output: Path) -> Trials:
 def evaluate_arms(world: HJEPA, probe: Probe, cfg: StudyConfig, trials: Trials, radius: float, arms: list[str] | None = None) -> dict[str, Played]:
     "Every planner (or those named) on the same trials."
     world, layout = world.eval(), trials.layout
-    see = lambda xy: torch.cat([world.level1.encode(render(layout, x)) for x in xy.split(2048)])
+    see = lambda xy: world.level1.believe(torch.cat([world.level1.encode(render(layout, x)) for x in xy.split(2048)]))
+    where = lambda belief: probe(belief.mean(1))
     agents, out = planners(world, cfg, radius, cfg.seed), {}
     for name in arms or agents:
         check(name in agents, "arm", name, f"must be one of {', '.join(agents)}")
         with torch.no_grad(), tqdm(total=1, desc=f"{name}, {len(trials)} trials", bar_format="{desc}: {elapsed}") as bar: out[name] = play(trials,
-                agents[name], see, probe); bar.update()
+                agents[name], see, where); bar.update()
     return out
 
 # %% ../../nbs/73_studies.tworooms.ipynb #6bda0146

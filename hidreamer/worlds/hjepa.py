@@ -26,6 +26,7 @@ class JEPAConfig(Config):
     width: int = 8               # of an encoding, which is also the state of the predictor
     channels: int = 32           # of the encoder's convolution
     hidden: int = 256            # of the encoder's and the predictor's hidden layers
+    members: int = 2             # predictors, each trained on batches of its own; a planner believes the worst of them
     sim: float = 1.              # weight: predictions meet encodings
     std: float = 2.2             # every feature differs between the stretches of a batch
     cov: float = .1              # no two features say the same
@@ -57,6 +58,7 @@ class JEPAConfig(Config):
     def check(self):
         for name in ("width", "channels", "hidden", "batch", "time", "refine_batch", "refine_time", "l2_z_dim", "l2_rnn_state_dim"):
             check(getattr(self, name) >= 2, f"hjepa.{name}", getattr(self, name), "must be at least 2")
+        check(self.members >= 1, "hjepa.members", self.members, "must be at least 1")
         for name in ("sim", "std", "cov", "time_std", "time_sim", "inverse", "l2_kl"):
             check(getattr(self, name) >= 0, f"hjepa.{name}", getattr(self, name), "must not be negative")
         for name in ("lr", "l2_min_var"): check(getattr(self, name) > 0, f"hjepa.{name}", getattr(self, name), "must be above 0")
@@ -97,22 +99,26 @@ def redundancy(x: Float[Tensor, "b t d"]) -> Tensor:
 
 # %% ../../nbs/45_worlds.hjepa.ipynb #bfe142bc
 class Predictor(nn.Module):
-    "The next state: this one, plus what an MLP makes of it and of the action."
-    def __init__(self, width: int, actions: int, hidden: int):
+    "The next encoding: this one, plus what an MLP makes of it and of the action. `members` MLPs (m) side by side, each with encodings of its own."
+    def __init__(self, width: int, actions: int, hidden: int, members: int = 1):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(width + actions, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, width))
-        with torch.no_grad(): self.net[-1].weight.mul_(.1); self.net[-1].bias.zero_()        # at first, nothing changes
-    def forward(self, state: Float[Tensor, "b d"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b d"]:
-        return state + self.net(torch.cat([state, action], -1)).float()
+        sizes = [(width + actions, hidden), (hidden, hidden), (hidden, width)]
+        self.weights = nn.ParameterList(torch.empty(members, i, o).uniform_(-1, 1) * i ** -.5 for i, o in sizes)
+        self.biases = nn.ParameterList(torch.zeros(members, 1, o) for _, o in sizes)
+        with torch.no_grad(): self.weights[-1].mul_(.1)                                       # at first, nothing changes
+    def forward(self, state: Float[Tensor, "m b d"], action: Float[Tensor, "m b a"]) -> Float[Tensor, "m b d"]:
+        x = torch.cat([state, action], -1)
+        for i, (w, b) in enumerate(zip(self.weights, self.biases)): x = torch.bmm(F.relu(x) if i else x, w) + b
+        return state + x.float()
 
 class Level1(nn.Module):
-    "Encoder, predictor and inverse dynamics. A state of this world is an encoding (b d)."
+    "Encoder, predictors and inverse dynamics. A state of this world is a belief (b m d): the encoding that each of the predictors expects."
     def __init__(self, cfg: JEPAConfig | None = None, size: int = 65, actions: int = 2):
         super().__init__()
         self.cfg = (cfg or JEPAConfig()).check(); c, d, h, side = self.cfg.channels, self.cfg.width, self.cfg.hidden, size // 8 + 1
         self.look = nn.Sequential(nn.Conv2d(2, c, 8, 8, 4), nn.ReLU(), nn.Flatten(), nn.LayerNorm(c * side ** 2), nn.Linear(c * side ** 2, h), nn.ReLU(),
                 nn.Linear(h, d))
-        self.predictor, self.inverse = Predictor(d, actions, h), nn.Sequential(nn.Linear(2 * d, h), nn.ReLU(), nn.Linear(h, actions))
+        self.predictor, self.inverse = Predictor(d, actions, h, self.cfg.members), nn.Sequential(nn.Linear(2 * d, h), nn.ReLU(), nn.Linear(h, actions))
         self.register_buffer("mean", torch.zeros(2, 1, 1)); self.register_buffer("scale", torch.full((2, 1, 1), 255.))
 
     def standardise(self, frames: UInt8[Tensor, "n c h w"]):
@@ -127,12 +133,17 @@ class Level1(nn.Module):
             kind = torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else torch.float32         # nine million bytes become halves, not floats
             return self.look(x.to(kind).sub_(self.mean.to(kind)).div_(self.scale.to(kind))).float().view(*frames.shape[:-3], -1)
 
-    def step(self, state: Float[Tensor, "b d"], action: Float[Tensor, "b a"]) -> Float[Tensor, "b d"]:
-        "The encoding expected after `action`."
-        with autocast(state.device): return self.predictor(state, action)
+    def believe(self, z: Float[Tensor, "b d"]) -> Float[Tensor, "b m d"]:
+        "The belief of who has just seen `z`: all predictors agree."
+        return z[:, None].expand(-1, self.cfg.members, -1)
 
-    def rollout(self, state: Float[Tensor, "b d"], actions: Float[Tensor, "b t a"]) -> Float[Tensor, "b t d"]:
-        "The encodings expected after each of the actions."
+    def step(self, state: Float[Tensor, "b m d"], action: Float[Tensor, "b *m a"]) -> Float[Tensor, "b m d"]:
+        "The belief after `action`, which may be another one for each predictor."
+        if action.ndim == 2: action = action[:, None].expand(-1, self.cfg.members, -1)
+        with autocast(state.device): return self.predictor(state.transpose(0, 1), action.transpose(0, 1)).transpose(0, 1)
+
+    def rollout(self, state: Float[Tensor, "b m d"], actions: Float[Tensor, "b t *m a"]) -> Float[Tensor, "b t m d"]:
+        "The beliefs after each of the actions."
         out = []
         for a in actions.unbind(1): out.append(state := self.step(state, a))
         return torch.stack(out, 1)
@@ -141,7 +152,8 @@ class Level1(nn.Module):
 def terms(world: Level1, z: Float[Tensor, "b t d"], actions: Float[Tensor, "b t-1 a"]) -> dict[str, Tensor]:
     "The parts of level 1's loss, by the name of their weight, before it is applied. Source: PLDM (Sobal et al. 2025), section 3."
     with autocast(z.device): told = world.inverse(torch.cat([z[:, :-1], z[:, 1:]], -1)).float()
-    return dict(sim=F.mse_loss(world.rollout(z[:, 0], actions), z[:, 1:]), std=spread(z, 0), cov=redundancy(z), time_std=spread(z, 1),
+    expected = world.rollout(world.believe(z[:, 0]), actions)
+    return dict(sim=F.mse_loss(expected, z[:, 1:, None].expand_as(expected)), std=spread(z, 0), cov=redundancy(z), time_std=spread(z, 1),
                 time_sim=F.mse_loss(z[:, 1:], z[:, :-1]), inverse=F.mse_loss(told, actions))
 
 def level1_loss(world: Level1, s: Stretch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,13 +213,13 @@ def joint_stage(world: Level1, data: Offline, updates: int, seed: int = 0, more:
     return Stage(loss, [(rest, cfg.lr), (mine, 3 * cfg.lr), *([(extra, cfg.lr)] if extra else [])], updates, cfg.warm_up)
 
 def refine_stage(world: Level1, data: Offline, z: Float[Tensor, "n d"], updates: int, seed: int = 0) -> Stage:
-    "The predictor alone, on the encodings `z` of all rows of `data`."
-    cfg, starts = world.cfg, data.starts(world.cfg.refine_time)
+    "The predictors alone, on the encodings `z` of all rows of `data`; each gets batches of its own."
+    cfg, starts = world.cfg, data.starts(world.cfg.refine_time); m = cfg.members
     def loss(i):
-        rows = draw(starts, cfg.refine_batch, seed + 1, i)[:, None] + torch.arange(cfg.refine_time)
+        rows = draw(starts, cfg.refine_batch * m, seed + 1, i).view(m, -1).T[:, None] + torch.arange(cfg.refine_time)[:, None]         # (b t m)
         total = F.mse_loss(world.rollout(z[rows[:, 0]], data.actions[rows[:, :-1]]), z[rows[:, 1:]])
-        return total, dict(refined=total.detach())
-    return Stage(loss, [(world.predictor.parameters(), 3 * cfg.lr)], updates, cfg.warm_up, clip=1.)
+        return m * total, dict(refined=total.detach())
+    return Stage(loss, [(world.predictor.parameters(), 3 * cfg.lr)], updates, cfg.warm_up, clip=m ** .5)
 
 # %% ../../nbs/45_worlds.hjepa.ipynb #6574e8ca
 class Probe(nn.Module):
@@ -233,7 +245,7 @@ def probe_errors(world: Level1, probe: Probe, data: Offline, ahead: tuple[int, .
     n = max(ahead); rows = data.starts(n + 1)
     rows = rows[torch.linspace(0, len(rows) - 1, episodes).long()][:, None] + torch.arange(n + 1)
     z, xy = world.encode(render(data.layout, data.observations[rows])), data.observations[rows]
-    ends = world.rollout(z[:, 0], data.actions[rows[:, :-1]]); error = lambda a, b: F.mse_loss(a, b).item()
+    ends = world.rollout(world.believe(z[:, 0]), data.actions[rows[:, :-1]]).mean(2); error = lambda a, b: F.mse_loss(a, b).item()
     return dict(encoding=error(probe(z), xy), **{f"predicted_{k}": error(probe(ends[:, k - 1]), xy[:, k]) for k in ahead},
                 **{f"staying_{k}": error(xy[:, 0], xy[:, k]) for k in ahead})
 
