@@ -72,8 +72,8 @@ def box(low, high) -> Callable[[Tensor], Tensor]:
 class Planner:
     """Samples action sequences around a mean, simulates them all, and moves the mean towards the cheap ones.
 
-    `step(state (n ...), action (n a)) -> state` are the dynamics, `cost(state (n ...), goal (n ...)) -> (n,)` is summed, discounted, over the states reached. Neither
-    has to be differentiable. `used` counts the simulated steps."""
+    `step(state (n ...), action (n a)) -> state` are the dynamics, `cost(state (n ...), goal (n ...)) -> (n,)` is summed, discounted, over the states
+    reached. Neither has to be differentiable. `used` counts the simulated steps."""
     def __init__(self, step: Callable, cost: Callable, actions: int, cfg: PlanConfig | None = None,
                  bound: Callable | None = None, seed: int = 0, price: int = 1):
         self.price = price
@@ -262,14 +262,15 @@ def saturating(radius: float = 5.) -> Callable:
 def oracle_agents(rooms: Rooms, horizon: int = 96, budget: int = 1024, stride: int = 10, seed: int = 0) -> dict[str, Flat | TwoLevel | Random]:
     """Agents that plan with the true dynamics: flat and long-sighted, flat and short-sighted, frame skip, two levels. All may simulate `budget` steps for
     each step they take and look `horizon` steps ahead, the short-sighted one as far as the lower of the two levels."""
-    bound, cost, near = ball(rooms.cfg.max_step), saturating(), 5.5
-    def planner(step, price=1, **kw): return Planner(step, cost, 2, PlanConfig(temperature=.02, fine=.25, **kw), bound, seed, price)
-    def flat(h, every, share=1., noise=2.): return Flat(planner(rooms.step, horizon=h, every=every, noise=noise, correlation=.7 if h < 32 else .8,
-                                                                samples=max(8, round(share * budget * every / h))))
+    bound, radius, near, common = ball(rooms.cfg.max_step), 1.5, 5.5, dict(temperature=.02, fine=.25, fresh=.3)
+    def planner(step, price=1, hold=1, **kw):
+        return Planner(step, saturating(radius), 2, PlanConfig(discount=(1 - 1 / horizon) ** hold, **common, **kw), bound, seed, price)
+    def flat(h, every, share=1., noise=4., c=.9): return Flat(planner(rooms.step, horizon=h, every=every, noise=noise, correlation=c,
+                                                                      samples=max(8, round(share * budget * every / h))))
     decisions = -(-horizon // stride) + 2
     macro = lambda state, action: rooms.step(state, action, stride)
-    def two(**kw): return TwoLevel(planner(macro, horizon=decisions, samples=round(.8 * budget * 5 / decisions), noise=2., **kw),
-                                   flat(stride, 2, .2, 1.5), stride, 5, near ** 2 / (near ** 2 + 25))
-    skip = planner(held(rooms.step, stride), stride, horizon=decisions, samples=round(budget / decisions), noise=2.)
-    return {"random": Random(seed=seed), "flat, long": flat(horizon, 8), "flat, short": flat(stride + 6, 4), "frame skip": Flat(skip, stride),
-            "two levels": two(), "two levels, CEM": two(method="cem", elites=8)}
+    def two(**kw): return TwoLevel(planner(macro, 1, stride, horizon=decisions, samples=round(.8 * budget * 5 / decisions), noise=2., **kw),
+                                   flat(stride, 2, .2, 1.5, .7), stride, 5, near ** 2 / (near ** 2 + radius ** 2))
+    skip = planner(held(rooms.step, stride), stride, stride, horizon=decisions, samples=round(budget / decisions), noise=2.)
+    return {"random": Random(seed=seed), "flat, long": flat(horizon, 8), "flat, short": flat(stride + 6, 4, noise=2., c=.7),
+            "frame skip": Flat(skip, stride), "two levels": two(), "two levels, CEM": two(method="cem", elites=8)}

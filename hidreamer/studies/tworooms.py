@@ -125,7 +125,8 @@ def train_levels(cfg: StudyConfig, output: Path, mode: str = "both") -> tuple[HJ
         there = (output / "level1" / "config.json").exists()
         check(there, "output", str(output), "holds no level 1, and level 2 stands on one", "Run --mode l1 or --mode both first, with the same --output.")
         found = Run(output / "level1").checkpoint(); left = found.training().get("left", 0)
-        check(not left, "output", str(output), f"holds a level 1 that is not finished: {left} of its updates are left", "Run --mode l1 with the same --output to its end first.")
+        check(not left, "output", str(output), f"holds a level 1 that is not finished: {left} of its updates are left",
+              "Run --mode l1 with the same --output to its end first.")
         world.load_level1(found.model())
     if world.level2 is not None: seconds["level2"] = learn(output / "level2", cfg, 2, data, world)
     return world, seconds
@@ -142,7 +143,7 @@ def take(world: HJEPA, alone: HJEPA):
 
 # %% ../../nbs/73_studies.tworooms.ipynb #04f13d7e
 def latent_cost(radius: float, lower=lambda s: s):
-    "d / (d + radius), d the mean squared distance of the encodings in two states; 0 only where they agree. Of a belief (b m d), the worst that a predictor says."
+    "d / (d + radius), d the mean squared distance of the encodings in two states; of beliefs (b m d), the worst that a predictor says."
     def cost(state, goal):
         d = (lower(state) - lower(goal)).square().mean(-1)
         if d.ndim == 2: d = d.amax(1)
