@@ -166,7 +166,7 @@ def play(run: Path,                      # the run folder
     print(f"{game.rewards.sum():g} points in {game.time - 1} steps", path, sep="\n")
 
 # %% ../nbs/80_cli.ipynb #cell-014
-def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "train"] = "all",   # what to measure
+def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "train", "growth", "roofline"] = "all",   # what to measure
           *, json: bool = False,      # as JSON on standard output
          ) -> None:
     "Measure what it costs on this machine, beside the plain way of doing the same."

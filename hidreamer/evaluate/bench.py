@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'quartiles', 'paired', 'row', 'learn_tokens', 'token_rows', 'bench_tokens', 'attention_rows',
            'bench_attention', 'loop_of_experts', 'learn_layer', 'moe_rows', 'bench_moe', 'random_segment',
-           'bench_imagination', 'bench_train', 'machine', 'load_average', 'memory', 'table', 'bench']
+           'bench_imagination', 'bench_train', 'bench_growth', 'bench_roofline', 'machine', 'load_average', 'memory',
+           'table', 'bench']
 
 # %% ../../nbs/61_evaluate.bench.ipynb #cell-003
 import json as js
@@ -171,7 +172,18 @@ def bench_train(device: torch.device, budget: float = 6., batch: int = 8, length
     return [line(n, t) for n, t in times.items()]
 
 # %% ../../nbs/61_evaluate.bench.ipynb #cell-017
-PARTS = dict(tokens=bench_tokens, attention=bench_attention, moe=bench_moe, imagination=bench_imagination, train=bench_train)
+def bench_growth(device: torch.device, budget: float = 10.) -> list[dict]:
+    "How the cost grows with the work: `evaluate.roofline`."
+    from hidreamer.evaluate.roofline import bench_growth
+    return bench_growth(device, budget)
+
+def bench_roofline(device: torch.device, budget: float = 8.) -> list[dict]:
+    "What every stage reaches of what the machine can do: `evaluate.roofline`."
+    from hidreamer.evaluate.roofline import bench_roofline
+    return bench_roofline(device, budget)
+
+PARTS = dict(tokens=bench_tokens, attention=bench_attention, moe=bench_moe, imagination=bench_imagination, train=bench_train, growth=bench_growth,
+             roofline=bench_roofline)
 
 def machine(device: torch.device) -> dict:
     "Where the figures come from."
@@ -205,19 +217,22 @@ def table(report: dict) -> str:
                       for k in ("steps_per_second", "frames_per_second") if k in r]
             facts += [f"{', '.join(f'{n} {q[1]:.3g}' for n, q in r['ms'].items())} ms"] if "ms" in r else []
             facts += [f"x{span(q)} of {n}" for n, q in r.get("faster_than", {}).items()]
+            facts += [f"slope {span(r['slope'])}, of the last doubling {span(r['last_slope'])}"] if "slope" in r else []
+            if "share" in r:
+                facts += [f"{r['gflops_per_second']:.3g} GFLOP/s, {r['gbytes_per_second']:.3g} GB/s, {r['share'][1]:.0%} of its {r['bound']}"]
             facts += [f"{r['parameters'] / 1e6:.2f}M parameters"] if "parameters" in r else []
             facts += [f"context {r['context']}, memory {(r['cache_bytes'] + r['weight_bytes']) / 1e6:.1f} MB"] if "context" in r else []
             lines.append(f"  {r['case']}: " + "; ".join(facts))
     return "\n".join(lines)
 
-def bench(what: str = "all",            # all, or one of tokens, attention, moe, imagination, train
+def bench(what: str = "all",            # all, or one of `PARTS`
           json: bool = False,           # print JSON instead of a table
-          device: str = "auto", scale: float = 1.,   # time to spend, 1 = two or three minutes for all
+          device: str = "auto", scale: float = 1.,   # time to spend, 1 = three or four minutes for all
           quiet: bool = False) -> dict:
     "Measure, print and return. Ratios above 1 mean that this library is faster. Raises `HidreamerError` for an unknown part."
     check(what == "all" or what in PARTS, "what", what, f"must be all or one of {', '.join(PARTS)}", f"Nearest: {nearest(what, PARTS)}.")
     keep_memory()
-    device, default = find_device(device), dict(imagination=12., train=6.)
+    device, default = find_device(device), dict(imagination=12., train=6., growth=20., roofline=12.)
     torch.manual_seed(0); before = load_average()
     results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)}
     report = dict(machine=machine(device) | dict(load_before=before, peak_memory=memory()), results=results)

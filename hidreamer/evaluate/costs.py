@@ -27,9 +27,9 @@ from .scores import own_randomness
 
 # %% ../../nbs/61_evaluate.costs.ipynb #f4bbdfc4
 def grouped_flops(x, w, *more, **kw) -> int:
-    "Of `grouped_mm`, (n d) times (e d h): every row meets one expert."
-    check(len(x) == 2 and len(w) == 3, "grouped_mm", (tuple(x), tuple(w)), "is counted for rows (n d) and experts (e d h) alone")
-    return 2 * x[0] * x[1] * w[2]
+    "Of `grouped_mm`, (n d) times (e d h): every row meets one expert; or, for the experts' gradient, (d n) times (n h)."
+    check(len(x) == 2 and len(w) in (2, 3), "grouped_mm", (tuple(x), tuple(w)), "is counted for rows (n d) and experts (e d h), and their gradients, alone")
+    return 2 * x[0] * x[1] * w[-1]
 
 def formulas() -> dict:
     "Operations of kernels for which PyTorch's counter has no formula. They get shapes."

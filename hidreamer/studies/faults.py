@@ -500,10 +500,11 @@ def fuzz(out: Path, n: int, seed: int, home: Path, only: list[str] | None = None
     import torchrl.data  # noqa: F401
     home.mkdir(parents=True, exist_ok=True)
     loaders = [k for k in corpus(home) if k != "config of"]
-    result = dict(provenance=provenance(), loaders={})
+    kept = json.loads(out.read_text()).get("fuzz", {}).get("loaders", {}) if out.exists() else {}         # of loaders that are not tried now
+    result = dict(provenance=provenance(), loaders=kept)
     for name in only or loaders:
         began = time.time(); (home/"ends.txt").unlink(missing_ok=True)
-        result["loaders"][name] = fuzz_one(name, home, n, seed) | dict(seconds=round(time.time() - began),
+        result["loaders"][name] = fuzz_one(name, home, n, seed) | dict(seconds=round(time.time() - began), commit=provenance()["commit"],
             command=f"python -m hidreamer.studies.faults fuzz --tries {n} --seed {seed} --only '{name}'")
         store(out, "fuzz", result)
     return result
@@ -594,10 +595,11 @@ def table(result: dict) -> str:
 
 def fuzz_table(result: dict) -> str:
     "What became of changed files, as Markdown."
-    rows = ["| loader | files | read | refused in words | other exceptions | died | hung | code run |", "|---|---|---|---|---|---|---|---|"]
+    rows = ["| loader | files | read | refused in words | other exceptions | died | hung | code run | commit |", "|---|---|---|---|---|---|---|---|---|"]
     for name, r in result["loaders"].items():
         run = "yes" if r["executed"] else "no"
-        rows.append(f"| {name} | {r['files']:,} | {r['read']:,} | {r['refused']:,} | {r['other']} | {len(r['died'])} | {len(r['hung'])} | {run} |")
+        cells = name, f"{r['files']:,}", f"{r['read']:,}", f"{r['refused']:,}", r['other'], len(r['died']), len(r['hung']), run, r['commit'][:7]
+        rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 
 # %% ../../nbs/74_studies.faults.ipynb #342f9ced
