@@ -26,7 +26,7 @@ from ..core import Config, check, keep_memory
 from ..data.tworooms import LAYOUTS, Offline, OfflineConfig, Trials, draw_walls, make_offline, make_trials, named, render
 from ..evaluate.report import CSS, embed, number, table, tile
 from ..evaluate.statistics import bootstrap_difference, mcnemar, resampled
-from ..run import Run, Stop, provenance, refuse, restore_rng, rng_state, write_atomic
+from ..run import Run, Stop, enough_memory, provenance, refuse, restore_rng, rng_state, write_atomic
 from ..worlds.hjepa import HJEPA, JEPAConfig, Probe, encode_all, fit_range, probe_errors, refine_stage, standardise_on, train_probe
 
 # %% ../../nbs/73_studies.tworooms.ipynb #c55e3fde
@@ -104,7 +104,8 @@ def learn(folder: Path, cfg: StudyConfig, level: int, data: Offline, world: HJEP
                     if state: now.load_state_dict(state); state = None
                 except (RuntimeError, KeyError, TypeError, ValueError, IndexError, AttributeError) as e: refuse(saved.path, "does not fit this stage", e)
                 while now.done < now.updates:
-                    parts = now.update(); bar.update(); step = sum(run.work[:which]) + now.done
+                    with enough_memory("--transitions"): parts = now.update()
+                    bar.update(); step = sum(run.work[:which]) + now.done
                     if step % 50 == 0: run.log(step, parts)
                     if name == "above" and now.done == now.updates: fit_range(world.level2, z, data, seed=cfg.seed)
                     if stop or step % 500 == 0 or now.done == now.updates: save_stage(run, world, which, now, before + time.perf_counter() - begin)
@@ -196,8 +197,8 @@ def evaluate_arms(world: HJEPA, probe: Probe, cfg: StudyConfig, trials: Trials, 
     agents, out = planners(world, cfg, radius, cfg.seed), {}
     for name in arms or agents:
         check(name in agents, "arm", name, f"must be one of {', '.join(agents)}")
-        with torch.no_grad(), tqdm(total=1, desc=f"{name}, {len(trials)} trials", bar_format="{desc}: {elapsed}") as bar: out[name] = play(trials,
-                agents[name], see, where); bar.update()
+        with torch.no_grad(), enough_memory("--trials"), tqdm(total=1, desc=f"{name}, {len(trials)} trials", bar_format="{desc}: {elapsed}") as bar:
+            out[name] = play(trials, agents[name], see, where); bar.update()
     return out
 
 # %% ../../nbs/73_studies.tworooms.ipynb #6bda0146
