@@ -23,7 +23,7 @@ from .behave.agent import Agent
 from .behave.dreamer import ActorCriticConfig, ActorCriticPolicy
 from .core import HidreamerError, check, nearest
 from .data.envs import GAMES
-from .run import check_archive
+from .run import read_plain
 from .worlds.hdreamer import HDreamer, HDreamerConfig
 from .worlds.rssm import Dreamer, DreamerConfig
 
@@ -38,18 +38,18 @@ def listed(names: Iterable[str], n: int = 4) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The weights in a dreamerv3-torch `latest.pt` by the names they have there, still on disk.
+    """The weights in a dreamerv3-torch `latest.pt` by the names they have there.
 
     No code in the file is run. Raises `HidreamerError` for anything that is not such a file."""
     path = Path(path).expanduser()
     if not path.is_file(): stop(path, "is not a file")
-    try:
-        check_archive(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except HidreamerError as e: raise HidreamerError(f"{e} Only tensors in dictionaries are read; save agent_state_dict again as such.") from e
-    except Exception as e:
-        stop(path, f"is truncated, or not a PyTorch checkpoint ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''})",
-             "Copy it again; files older than PyTorch 1.6 must be saved again.")
+    try: saved = read_plain(path)
+    except HidreamerError as e:
+        why = str(e).removeprefix(f"file={str(path)!r}: ").removesuffix(". Use an earlier checkpoint, or a copy.")
+        if "cannot be read" in why or "torch.save" in why: stop(path, f"is truncated, or not a PyTorch checkpoint: it {why}",
+                "Copy it again; files older than PyTorch 1.6 must be saved again.")
+        objects = "any program" in why or "Python objects" in why
+        stop(path, why, "Only tensors in dictionaries are read; save agent_state_dict again as such." if objects else "")
     weights = saved.get("agent_state_dict") if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not weights:
         found = listed(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'FREE', 'explained', 'sync_folder', 'write_synced', 'write_atomic', 'flatten', 'differences', 'plain',
-           'packed', 'unpacked', 'rng_state', 'restore_rng', 'refuse', 'Stand', 'Rehearsal', 'check_pickle', 'members',
-           'check_archive', 'clean_archive', 'read_plain', 'read_arrays', 'Checkpoint', 'file_hash', 'write_checkpoint',
+           'packed', 'unpacked', 'rng_state', 'restore_rng', 'refuse', 'Part', 'Ordered', 'Rehearsal', 'check_pickle',
+           'members', 'clean_archive', 'read_plain', 'read_arrays', 'Checkpoint', 'file_hash', 'write_checkpoint',
            'alive', 'hold', 'release', 'Run', 'as_number', 'read_rows', 'count_rows', 'check_finite', 'enough_memory',
            'Stop', 'git_commit', 'cpu_name', 'present_state', 'provenance']
 
@@ -17,7 +17,7 @@ import io
 import json
 import math
 import os
-import pickle
+import pickletools
 import platform
 import random
 import re
@@ -98,7 +98,7 @@ def plain(x: Any, name: str = "training") -> Any:
     if isinstance(x, np.ndarray): return torch.from_numpy(x.copy())
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, dict): return {plain(k, f"{name} key"): plain(v, f"{name}.{k}") for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return type(x)([plain(v, f"{name}[{i}]") for i, v in enumerate(x)])
+    if isinstance(x, (list, tuple)): return (list if isinstance(x, list) else tuple)(plain(v, f"{name}[{i}]") for i, v in enumerate(x))
     if x is None or isinstance(x, (bool, int, float, str)): return x
     if isinstance(x, Tensor): return x.detach()
     raise TypeError(f"{name} is a {type(x).__name__}: a checkpoint holds tensors, numbers, text, lists and dictionaries")
@@ -115,7 +115,7 @@ def unpacked(like: Any, x: Any) -> Any:
     if isinstance(like, Tensor):
         if not isinstance(x, Tensor) or x.shape != like.shape or x.dtype != like.dtype: raise ValueError("another shape or type of number")
         if x.is_floating_point() and x.isnan().any(): raise ValueError("not a number")
-        return x.to(like.device)
+        return x.to(like.device, copy=True)
     if isinstance(like, (list, tuple)):
         if not isinstance(x, list) or len(x) != len(like): raise ValueError("another number of tensors")
         return type(like)(map(unpacked, like, x))
@@ -153,56 +153,116 @@ def refuse(path: Path, why: str, e: BaseException | None = None):
     text = " ".join(str(e).split())[:160] if e else ""
     raise HidreamerError(f"file={str(path)!r}: {why}{f' ({type(e).__name__}: {text})' if e else ''}. Use an earlier checkpoint, or a copy.") from e
 
-class Stand(dict):
-    "Stands for a tensor, or is an ordered dictionary, while a pickle is rehearsed."
+class Part:
+    "Stands for one of `PARTS`, for what is stored (storage), or for a tensor, while a pickle is rehearsed."
+    def __init__(self, name: str): self.name = name
 
-class Rehearsal(pickle._Unpickler):
-    """Follows a pickle's instructions with stand-ins where PyTorch would make tensors; raises `HidreamerError` at the first that does something else.
+class Ordered(dict):
+    "Stands for an OrderedDict."
 
-    PyTorch's own reader writes what it met into its error messages, which a file can make endless: so a file that would be refused must not reach it."""
-    dispatch = {k: f for k, f in pickle._Unpickler.dispatch.items() if bytes([k]) not in
-                (pickle.STACK_GLOBAL, pickle.INST, pickle.OBJ, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
-                 pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER)}
-    def __init__(self, data: bytes, path: Path): super().__init__(io.BytesIO(data)); self.path = path
-    def find_class(self, module: str, name: str):
-        if f"{module} {name}" not in PARTS: refuse(self.path, f"wants {module[:60]}.{name[:60]}, and reading that could run any program")
-        return dict(_rebuild_tensor_v2=self.tensor, OrderedDict=self.ordered).get(name, name)
-    def persistent_load(self, pid) -> str:
-        shape = isinstance(pid, tuple) and len(pid) == 5 and pid[0] == "storage" and str(pid[1]).endswith("Storage")
-        if not shape or not all(type(x) is str and len(x) < 100 for x in pid[1:4]): refuse(self.path, "holds Python objects")
-        return "storage"
-    def tensor(self, storage, offset, size: tuple, stride: tuple, *rest) -> Stand:
-        if storage != "storage" or len(size) > 16 or len(rest) > 3: refuse(self.path, "holds a tensor that is none")
-        return Stand()
-    def ordered(self) -> Stand: return Stand()
+class Rehearsal:
+    """Follows a pickle's instructions with stand-ins for tensors; raises `HidreamerError` at the first that `torch.save` has no use for.
+
+    What passes is a tree: lists and dictionaries occur once, tuples are short and flat where they occur twice and never deep, keys are text or small
+    numbers. So nothing that is done with it takes longer than its size allows: not hashing, nor comparing, nor PyTorch's error messages."""
+    def __init__(self, data: bytes, path: Path):
+        self.path, self.stack, self.marks, self.memo = path, [], [], {}
+        for op, arg, _ in pickletools.genops(data): self.follow(op.name, arg)
+        self.need(len(self.stack) == 1 and not self.marks)
+
+    def need(self, ok: bool):
+        if not ok: refuse(self.path, "holds Python objects, or is no intact checkpoint")
+    def pop(self, n: int) -> list:
+        "The last `n` things since the last mark."
+        self.need(len(self.stack) - n >= (self.marks[-1] if self.marks else 0))
+        out = self.stack[len(self.stack) - n:]; del self.stack[len(self.stack) - n:]
+        return out
+    def since_mark(self) -> list:
+        self.need(bool(self.marks)); out = self.pop(len(self.stack) - self.marks[-1]); self.marks.pop()
+        return out
+
+    def follow(self, op: str, arg):
+        "One instruction."
+        push = self.stack.append
+        match op:
+            case "PROTO" | "STOP": pass
+            case "BINUNICODE" | "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT": push(arg)
+            case "NONE" | "NEWTRUE" | "NEWFALSE": push(dict(NONE=None, NEWTRUE=True, NEWFALSE=False)[op])
+            case "EMPTY_DICT": push({})
+            case "EMPTY_LIST": push([])
+            case "EMPTY_TUPLE": push(())
+            case "MARK": self.marks.append(len(self.stack))
+            case "TUPLE": push(self.tuple(self.since_mark()))
+            case "TUPLE1" | "TUPLE2" | "TUPLE3": push(self.tuple(self.pop(int(op[-1]))))
+            case "APPEND" | "APPENDS": self.add(list, self.pop(1) if op == "APPEND" else self.since_mark())
+            case "SETITEM" | "SETITEMS": self.add(dict, self.pop(2) if op == "SETITEM" else self.since_mark())
+            case "BINPUT" | "LONG_BINPUT": self.memo[arg] = self.pop(1)[0]; push(self.memo[arg])
+            case "BINGET" | "LONG_BINGET": self.need(arg in self.memo); push(self.again(self.memo[arg]))
+            case "GLOBAL": push(self.part(arg))
+            case "BINPERSID": push(self.storage(*self.pop(1)))
+            case "REDUCE": push(self.made(*self.pop(2)))
+            case "BUILD": push(self.told(*self.pop(2)))
+            case _: self.need(False)
+
+    def tuple(self, items: list) -> tuple:
+        deep = lambda x, n: n > 3 or any(deep(y, n + 1) for y in x if type(y) is tuple)
+        self.need(not deep(items, 1))
+        return tuple(items)
+    def add(self, kind: type, items: list):
+        into, = self.pop(1); self.need(isinstance(into, kind)); self.stack.append(into)
+        if kind is list: into += items; return
+        self.need(len(items) % 2 == 0)
+        self.need(all(k is None or type(k) in (str, bool) or type(k) is int and abs(k) < 2**31 for k in items[::2]))
+        into.update(zip(items[::2], items[1::2]))
+    def again(self, x):
+        flat = type(x) is tuple and len(x) <= 16 and not any(isinstance(y, (tuple, list, dict)) for y in x)
+        self.need(flat or not isinstance(x, (tuple, list, dict)))
+        return x
+    def part(self, name: str) -> Part:
+        if name not in PARTS: refuse(self.path, f"wants {ascii(name[:120])[1:-1].replace(' ', '.')}, and reading such things could run any program")
+        return Part(name.split()[1])
+    def storage(self, about) -> Part:
+        self.need(type(about) is tuple and len(about) == 5 and isinstance(about[1], Part) and about[1].name.endswith("Storage"))
+        word, _, key, device, size = about
+        self.need(all(type(x) is str and len(x) < 20 for x in (word, key, device)) and word == "storage" and re.fullmatch("[0-9]{1,9}", key) is not None)
+        self.need(type(size) is int and 0 <= size < 2**62)
+        return Part("storage")
+    def made(self, f, args):
+        self.need(isinstance(f, Part) and type(args) is tuple)
+        if f.name == "OrderedDict": self.need(not args); return Ordered()
+        self.need(f.name == "_rebuild_tensor_v2" and len(args) == 6)
+        storage, offset, size, stride, grad, hooks = args
+        self.need(isinstance(storage, Part) and storage.name == "storage" and type(grad) is bool and isinstance(hooks, Ordered) and not hooks)
+        self.need(all(type(x) is tuple and len(x) == len(size) <= 16 for x in (size, stride)))
+        self.need(all(type(n) is int and 0 <= n < 2**62 for n in (offset, *size, *stride)))
+        return Part("tensor")
+    def told(self, x, state):
+        "Beside its entries, a `state_dict` has the versions of its modules."
+        self.need(isinstance(x, Ordered) and type(state) is dict and set(state) == {"_metadata"})
+        return x
 
 def check_pickle(data: bytes, path: Path) -> None:
     "Raise `HidreamerError` unless a pickle's instructions build tensors and containers, and nothing else."
-    try: Rehearsal(data, path).load()
+    try: Rehearsal(data, path)
     except HidreamerError: raise
-    except KeyError as e: refuse(path, "holds Python objects" if type(e.args[0]) is int and 0 < e.args[0] < 256 else "is no intact checkpoint")
-    except Exception as e: refuse(path, f"is no intact checkpoint ({type(e).__name__})")
+    except Exception as e: refuse(path, f"holds Python objects, or is no intact checkpoint ({type(e).__name__})")
 
 def members(z: zipfile.ZipFile, path: Path) -> list[str]:
     "The names in an archive that is not compressed and claims no more bytes than the file has; else an error."
-    names, found = z.namelist(), z.infolist()
+    names, found = [n.lower() for n in z.namelist()], z.infolist()           # some readers know no capitals
     if any(i.compress_type != zipfile.ZIP_STORED for i in found) or sum(i.file_size for i in found) > path.stat().st_size or len(set(names)) < len(names):
         refuse(path, "is compressed, or claims more bytes than it has")
-    return names
-
-def check_archive(path: Path) -> str:
-    "The name of the folder in an archive of `torch.save`; raises `HidreamerError` for what such an archive never holds."
-    with zipfile.ZipFile(path) as z:
-        roots = [n[:-len("/data.pkl")] for n in members(z, path) if re.fullmatch(r"[^/]+/data\.pkl", n)]
-        if len(roots) != 1: refuse(path, "is not a file of torch.save")
-        check_pickle(z.read(f"{roots[0]}/data.pkl"), path)
-    return roots[0]
+    return z.namelist()
 
 def clean_archive(path: Path) -> io.BytesIO:
-    "The archive of `torch.save`, copied member by member; raises as `check_archive` does."
-    new, root = io.BytesIO(), check_archive(path)
+    "The archive of `torch.save`, copied member by member, so that PyTorch reads what was looked at; raises for what such an archive never holds."
+    new = io.BytesIO()
     with zipfile.ZipFile(path) as z, zipfile.ZipFile(new, "w", zipfile.ZIP_STORED) as clean:
-        for n in members(z, path):
+        names = members(z, path)
+        roots = [n[:-len("/data.pkl")] for n in names if re.fullmatch(r"[^/]+/data\.pkl", n)]
+        if len(roots) != 1: refuse(path, "is not a file of torch.save")
+        root = roots[0]; check_pickle(z.read(f"{root}/data.pkl"), path)
+        for n in names:
             if re.fullmatch(r"(data/\d+|data\.pkl|version|byteorder)", n.removeprefix(root + "/")): clean.writestr("archive" + n[len(root):], z.read(n))
     new.seek(0)
     return new
@@ -216,7 +276,7 @@ def read_plain(path: str | Path, device="cpu") -> Any:
         while todo:
             if id(v := todo.pop()) in seen: continue
             seen.add(id(v))
-            if isinstance(v, dict): todo += [*v, *v.values()]
+            if isinstance(v, dict): todo += [*v, *dict.values(v)]
             elif isinstance(v, (list, tuple)): todo += v
             elif isinstance(v, Tensor):
                 small = v.layout == torch.strided and v.numel() * v.element_size() <= v.untyped_storage().nbytes()
