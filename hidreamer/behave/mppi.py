@@ -42,6 +42,7 @@ class PlanConfig(Config):
             check(getattr(self, name) >= 1, f"plan.{name}", getattr(self, name), "must be at least 1")
         for name in ("noise", "temperature", "fine_noise"): check(getattr(self, name) > 0, f"plan.{name}", getattr(self, name), "must be above 0")
         for name in ("correlation", "fine", "fresh"): check(0 <= getattr(self, name) < 1, f"plan.{name}", getattr(self, name), "must lie in [0, 1)")
+        check(self.fine + self.fresh <= 1, "plan.fresh", self.fresh, f"and fine={self.fine} are shares of the same samples, and may add up to 1 at most")
         check(0 < self.discount <= 1, "plan.discount", self.discount, "must lie in (0, 1]")
         check(2 <= self.elites <= self.samples or self.method != "cem", "plan.elites", self.elites, f"must be from 2 to samples = {self.samples}")
         check(self.every <= self.horizon, "plan.every", self.every, f"must not exceed the horizon, {self.horizon}")
@@ -91,7 +92,7 @@ class Planner:
         cfg, shape = self.cfg, (*mean.shape, self.cfg.samples)
         many = lambda x: planes(x.repeat_interleave(cfg.samples, 0))
         state, goal, std = many(state), many(goal), cfg.noise
-        around = torch.ones(cfg.samples, device=mean.device); around[cfg.samples - round(cfg.fresh * cfg.samples):] = 0
+        around = torch.ones(cfg.samples, device=mean.device); around[cfg.samples - min(cfg.samples - 1, round(cfg.fresh * cfg.samples)):] = 0
         for _ in range(cfg.iterations):
             noise = self._noise(shape, mean.device) * std
             noise[..., 0] = 0                                             # the mean itself is always tried
@@ -259,7 +260,7 @@ def saturating(radius: float = 5.) -> Callable:
     return cost
 
 # %% ../../nbs/53_behave.mppi.ipynb #bdc14795
-def oracle_agents(rooms: Rooms, horizon: int = 96, budget: int = 1024, stride: int = 10, seed: int = 0) -> dict[str, Flat | TwoLevel | Random]:
+def oracle_agents(rooms: Rooms, horizon: int = 128, budget: int = 1024, stride: int = 10, seed: int = 0) -> dict[str, Flat | TwoLevel | Random]:
     """Agents that plan with the true dynamics: flat and long-sighted, flat and short-sighted, frame skip, two levels. All may simulate `budget` steps for
     each step they take and look `horizon` steps ahead, the short-sighted one as far as the lower of the two levels."""
     bound, radius, near, common = ball(rooms.cfg.max_step), 1.5, 5.5, dict(temperature=.02, fine=.25, fresh=.3)
@@ -267,7 +268,7 @@ def oracle_agents(rooms: Rooms, horizon: int = 96, budget: int = 1024, stride: i
         return Planner(step, saturating(radius), 2, PlanConfig(discount=(1 - 1 / horizon) ** hold, **common, **kw), bound, seed, price)
     def flat(h, every, share=1., noise=4., c=.9): return Flat(planner(rooms.step, horizon=h, every=every, noise=noise, correlation=c,
                                                                       samples=max(8, round(share * budget * every / h))))
-    decisions = -(-horizon // stride) + 2
+    decisions = -(-horizon // stride)
     macro = lambda state, action: rooms.step(state, action, stride)
     def two(**kw): return TwoLevel(planner(macro, 1, stride, horizon=decisions, samples=round(.8 * budget * 5 / decisions), noise=2., **kw),
                                    flat(stride, 2, .2, 1.5, .7), stride, 5, near ** 2 / (near ** 2 + radius ** 2))

@@ -217,7 +217,7 @@ def table(report: dict) -> str:
                       for k in ("steps_per_second", "frames_per_second") if k in r]
             facts += [f"{', '.join(f'{n} {q[1]:.3g}' for n, q in r['ms'].items())} ms"] if "ms" in r else []
             facts += [f"x{span(q)} of {n}" for n, q in r.get("faster_than", {}).items()]
-            facts += [f"slope {span(r['slope'])}, of the last doubling {span(r['last_slope'])}"] if "slope" in r else []
+            facts += [f"slope {span(r['slope'])}, of the last two sizes {span(r['last_slope'])}"] if "slope" in r else []
             if "share" in r:
                 facts += [f"{r['gflops_per_second']:.3g} GFLOP/s, {r['gbytes_per_second']:.3g} GB/s, {r['share'][1]:.0%} of its {r['bound']}"]
             facts += [f"{r['parameters'] / 1e6:.2f}M parameters"] if "parameters" in r else []

@@ -603,7 +603,8 @@ def fuzz_table(result: dict) -> str:
     rows = ["| loader | files | read | refused in words | other exceptions | died | hung | code run | commit |", "|---|---|---|---|---|---|---|---|---|"]
     for name, r in result["loaders"].items():
         run = "yes" if r["executed"] else "no"
-        cells = name, f"{r['files']:,}", f"{r['read']:,}", f"{r['refused']:,}", r['other'], len(r['died']), len(r['hung']), run, r['commit'][:7]
+        cells = name, f"{r['files']:,}", f"{r['read']:,}", f"{r['refused']:,}", r['other'], len(r['died']), len(r['hung']), run
+        cells += (r["commit"][:7] + r["commit"][40:],)
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)
 

@@ -51,7 +51,9 @@ class StudyConfig(Config):
         named(self.layout)
         check(self.transitions > self.model.batch, "transitions", self.transitions, "is an empty data set, or nearly", "Use 90000.")
         for name in ("epochs", "trials"): check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        check(self.budget >= 128, "budget", self.budget, "is too little for any plan", "Use 2048.")
+        least = self.horizon * self.model.members
+        check(self.budget >= least, "budget", self.budget, f"is too little for any plan: {self.model.members} predictors look {self.horizon} steps ahead",
+              f"Use {least} at least; 2048 is the default.")
         check(self.radius_steps >= 1, "radius_steps", self.radius_steps, "must be at least 1")
         check(self.horizon >= 2 * self.model.step_skip, "horizon", self.horizon, f"must be two steps of level 2 or more: {2 * self.model.step_skip}")
         check(1 <= self.between <= len(LAYOUTS[self.layout].walls), "between", self.between,
@@ -153,7 +155,7 @@ def latent_cost(radius: float, lower=lambda s: s):
 
 def multiplications(*modules) -> int:
     "Of one forward pass through linear and recurrent layers: one for each entry of a weight matrix."
-    return sum(p.numel() for m in modules for name, p in m.named_parameters() if "weight" in name)
+    return sum(p.numel() for m in modules for name, p in m.named_parameters() if "weight" in name and p.ndim >= 2)
 
 def radius(cfg: StudyConfig, z) -> float:
     "Mean squared distance of encodings `radius_steps` apart, from the encodings `z` of all rows of the data."
@@ -174,11 +176,11 @@ def planners(world: HJEPA, cfg: StudyConfig, radius: float, seed: int = 0) -> di
     out = {"flat": flat(cfg.horizon, 8), "flat, short": flat(skip + 6, 4, noise=2., c=.7),
            "frame skip": Flat(planner(held(l1.step, skip), skip, horizon=decisions, samples=max(8, round(cfg.budget / decisions / m)), noise=2.), skip)}
     if l2 is None: return out
-    price, every = m * multiplications(l2.rnn, l2.decoder) / multiplications(l1.predictor), 5
+    price, every = m * (multiplications(l2.rnn, l2.decoder) + l2.known.numel()) / multiplications(l1.predictor), 5
     samples = max(8, round(.6 * cfg.budget * every / decisions / price))
     high = Planner(l2.known_step, latent_cost(radius, l2.lower), cfg.model.l2_z_dim,
                    PlanConfig(horizon=decisions, samples=samples, noise=1.5, correlation=.5, discount=cfg.discount ** skip, **common), l2.bound, seed, price)
-    x = (6 / cfg.radius_steps) ** 2; near = x / (x + 1)           # at this cost or below (six steps or so) level 1 is given the goal itself
+    x = (6 / cfg.radius_steps) ** 2; near = x / (x + 1)           # at this cost or below (six pixels or so) level 1 is given the goal itself
     return out | {"two levels": TwoLevel(high, flat(skip, 2, .4, 1.5, .7), skip, every, near, None, lambda s: l2.lift(s.mean(1)),
                                          lambda s: l1.believe(l2.lower(s)))}
 

@@ -26,7 +26,7 @@ class JEPAConfig(Config):
     width: int = 8               # of an encoding, which is also the state of the predictor
     channels: int = 32           # of the encoder's convolution
     hidden: int = 256            # of the encoder's and the predictor's hidden layers
-    members: int = 2             # predictors, each trained on batches of its own; a planner believes the worst of them
+    members: int = 2             # predictors, refined on batches of their own; a planner believes the worst of them
     sim: float = 1.              # weight: predictions meet encodings
     std: float = 2.2             # every feature differs between the stretches of a batch
     cov: float = .1              # no two features say the same
@@ -352,7 +352,7 @@ class HJEPA(nn.Module):
         for k, v in mine.items():
             check(k in theirs and theirs[k].shape == v.shape, f"checkpoint level1.{k}", list(theirs[k].shape) if k in theirs else None,
                     f"must be {list(v.shape)}: this level 1 is of another size",
-                  "Use the settings it was trained with (width, channels, hidden, size of the pictures), or train anew in another folder.")
+                  "Use the settings it was trained with (width, channels, hidden, members, size of the pictures), or train anew in another folder.")
         self.level1.load_state_dict(theirs)
 
     def joint(self, data: Offline, updates: int, seed: int = 0) -> Stage:
