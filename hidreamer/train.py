@@ -310,7 +310,11 @@ class Trainer:
     @contextmanager
     def timed(self, stage: str):
         began = time.perf_counter()
-        with enough_memory(LOWER.get(stage, "--envs")): yield
+        try:
+            with enough_memory(LOWER.get(stage, "--envs")): yield
+        except RuntimeError as e:
+            if "probability tensor" not in str(e): raise
+            check_finite(torch.tensor(math.nan), {f"{stage}/probabilities of actions": math.nan}, self.clock["steps"])
         self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - began
 
     def note(self, stage: str, logs: dict):

@@ -163,4 +163,5 @@ class PPO:
 
     def load_state_dict(self, d: dict):
         "Go on exactly where `state_dict` was taken; the policy's own weights are loaded apart."
+        check(d["updates"] >= 0, "ppo.updates", d["updates"], "must not be negative")
         self.optimizer.load_state_dict(d["optimizer"]); self.range, self.updates = d["range"], d["updates"]
