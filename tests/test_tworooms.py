@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-SMALL = ["tworooms", "--transitions", "6000", "--epochs", "8", "--trials", "4", "--budget", "128"]
+SMALL = ["tworooms", "--transitions", "6000", "--epochs", "8", "--trials", "4", "--budget", "256"]
 
 
 @pytest.mark.parametrize("args, said", [
