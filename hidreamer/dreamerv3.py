@@ -43,13 +43,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     No code in the file is run. Raises `HidreamerError` for anything that is not such a file."""
     path = Path(path).expanduser()
     if not path.is_file(): stop(path, "is not a file")
-    try: saved = read_plain(path)
-    except HidreamerError as e:
-        why = str(e).removeprefix(f"file={str(path)!r}: ").removesuffix(". Use an earlier checkpoint, or a copy.")
-        if "cannot be read" in why or "torch.save" in why: stop(path, f"is truncated, or not a PyTorch checkpoint: it {why}",
-                "Copy it again; files older than PyTorch 1.6 must be saved again.")
-        objects = "any program" in why or "Python objects" in why
-        stop(path, why, "Only tensors in dictionaries are read; save agent_state_dict again as such." if objects else "")
+    saved = read_plain(path)
     weights = saved.get("agent_state_dict") if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not weights:
         found = listed(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
