@@ -174,7 +174,7 @@ def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "tra
     bench(what, json=json)
 
 def tworooms(*, mode: Literal["l1", "l2", "both"] = "both",   # what to train; l2 stands on the level 1 in --output
-             epochs: int = 10,          # passes through the data
+             epochs: int = 40,          # passes through the data
              seed: int = 0,             # of data, weights and batches
              output: Path = Path("runs/tworooms"),   # the folder for everything; the same command again resumes
              layout: str = "standard",  # standard, wide_door, low_door, left_wall, three_rooms or four_rooms

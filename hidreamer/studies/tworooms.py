@@ -35,7 +35,7 @@ class StudyConfig(Config):
     "Data, training and trials of one run."
     layout: str = "standard"     # a name in `LAYOUTS`
     transitions: int = 90_000    # of offline data
-    epochs: int = 10             # passes of encoder and predictor through the data; the other stages follow from it
+    epochs: int = 40             # passes of encoder and predictor through the data; the other stages follow from it
     seed: int = 0                # of data, initial weights and batches
     trials: int = 500            # for every planner
     trial_seed: int = 1000       # what the trials are made from
@@ -64,7 +64,7 @@ class StudyConfig(Config):
     def updates(self) -> dict[str, int]:
         "Of encoder and predictor, of the predictor alone, of level 2."
         n = max(2, round(self.epochs * self.transitions / self.model.batch / (self.model.time - 1)))
-        return dict(joint=n, refine=9 * n, above=6 * n)
+        return dict(joint=n, refine=round(2.25 * n), above=round(1.5 * n))
 
     def of_level(self, level: int) -> dict:
         "The settings that training of this level depends on: what is in its run folder's config."
