@@ -133,9 +133,10 @@ def quick() -> TrainConfig:
     return TrainConfig(max_minutes=13., model=small())
 
 def cpu() -> TrainConfig:
-    "Two CPU cores, 100,000 steps, two hours and a half."
-    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, replay_ratio=10., dream_ratio=30.,
-                       max_minutes=130., episodes=100, model=small())
+    "Two CPU cores, 100,000 steps, two hours and a half at most."
+    model = small()
+    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
+                       episodes=100, model=replace(model, halves=3, temperature=.5, transformer=replace(model.transformer, mlp=2.)))
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
@@ -187,7 +188,7 @@ def recurrent(name: str) -> dict:
     brief = dict(batch=4, length=16, max_grad=10., lr_end=.1)          # a tight clip: under 1000, a thousand updates left the KL at its floor
     more = dict(quick=dict(brief, lr=1e-3, replay_ratio=27., dream_ratio=200., dream_batch=64,
                            actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4, gamma=.99)),
-                cpu=dict(brief, batch=8, length=32, lr=5e-4, dream_ratio=60., dream_batch=128,
+                cpu=dict(brief, batch=8, length=32, lr=5e-4, replay_ratio=10., dream_ratio=60., dream_batch=128,
                          actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4)),
                 atari100k=dict(batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
                 debug=dict(dream_context=4, actor_critic=ActorCriticConfig(units=16)))[name]

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'HORIZON', 'CONTEXT', 'BATCH', 'LENGTH', 'BATCHES', 'GRIDS', 'OURS', 'SHORT', 'ARMS', 'precision', 'cast',
-           'Arm', 'hidreamer', 'dreamerv3', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns', 'report',
-           'origin', 'main']
+           'Arm', 'hidreamer', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns', 'report', 'origin', 'main']
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers003
 import argparse
@@ -21,7 +20,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TypeVar
 from unittest.mock import MagicMock
 import torch
@@ -81,44 +79,8 @@ def hidreamer(folder: Path, preset: str) -> Arm:
     return Arm(count_parameters(world), count_parameters(policy), dream, {"joint": lambda: train(True), "frozen tokenizer": lambda: train(False)},
                f"preset {preset}; rewards, continuation and values predicted")
 
-# %% ../../nbs/61_evaluate.peers.ipynb #peers010
-def dreamerv3(folder: Path) -> Arm:
-    "dreamerv3-torch (NM512): `ImagBehavior._imagine` and the reward and continue heads; `WorldModel._train`."
-    on_cpu()
-    import gymnasium as gym
-    import numpy as np
-    import models
-    from models import ImagBehavior, WorldModel
-    from ruamel.yaml import YAML
-    models.to_np = lambda x: x.detach().float().numpy()    # patched: NumPy knows no bf16
-    book = YAML(typ="safe").load(folder/"configs.yaml")
-    cfg = book["defaults"]
-    for k, v in book["atari100k"].items(): cfg[k] = cfg[k] | v if isinstance(v, dict) else v
-    cfg = SimpleNamespace(**cfg | dict(device="cpu", precision=16, num_actions=ACTIONS))     # 16: autocast, here to bf16
-    spaces = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (*cfg.size, 3), np.uint8))
-    world = WorldModel(spaces, None, 0, cfg); behaviour = ImagBehavior(cfg, world)
-    size = count_parameters(world), count_parameters(behaviour.actor) + count_parameters(behaviour.value)
-    def dream(batch: int, horizon: int):
-        world.eval()
-        with torch.no_grad(): start = {k: v.unsqueeze(1) for k, v in world.dynamics.initial(batch).items()}
-        def go():
-            with torch.no_grad(), cast():
-                feats, states, actions = behaviour._imagine(start, behaviour.actor, horizon)
-                feats = world.dynamics.get_feat(states)
-                world.heads["reward"](feats).mode(), world.heads["cont"](feats).mean
-        return go
-    def train():
-        world.train(); shape = (cfg.batch_size, cfg.batch_length)
-        zero, first = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        first[:, 0] = 1
-        data = dict(image=np.random.randint(256, size=(*shape, *cfg.size, 3), dtype=np.uint8), is_first=first, is_terminal=zero, reward=zero,
-                    action=np.eye(ACTIONS, dtype=np.float32)[np.random.randint(ACTIONS, size=shape)])
-        return lambda: world._train(data)
-    return Arm(*size, dream, {"joint": train}, "no values; not compiled (as in their own code, where torch.compile never sees `_train`)")
-
 # %% ../../nbs/61_evaluate.peers.ipynb #peers011
-ARMS = {"hidreamer 11M": (lambda f: hidreamer(f, "atari100k"), ""), "hidreamer cpu": (lambda f: hidreamer(f, "cpu"), ""),
-        "dreamerv3-torch": (dreamerv3, "dreamerv3-torch")}
+ARMS = {"hidreamer 11M": (lambda f: hidreamer(f, "atari100k"), ""), "hidreamer cpu": (lambda f: hidreamer(f, "cpu"), "")}
 
 def add(adapters: Path | None) -> None:
     "Take the arms of a file of adapters, too."

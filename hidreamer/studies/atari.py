@@ -59,7 +59,7 @@ def look(run: str | Path, reader: Reader, episodes: list, temperatures: list[flo
 ARMS = {
     "as it is": {},
     "no chessboard": dict(halves=0),
-    "all levels on the chessboard": dict(halves=3),
+    "L0 alone on the chessboard": dict(halves=1),
     "original mask": dict(rule="original"),
     "plain causal mask": dict(rule="causal"),
     "dense, equal active": dict(experts=(1,)),

@@ -27,7 +27,7 @@ class HiDreamerConfig(Config):
     place_dim: int = 16         # channels that the transformer may write to each position of the next frame
     head_width: int = 64        # channels of the code head
     head_blocks: int = 2        # blocks shared by all passes; each pass has one more of its own
-    halves: int = 1             # so many levels, the coarsest, are predicted in two passes, like the colours of a chessboard
+    halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
     contrast: int = 0           # steps ahead of the action-conditioned contrastive loss (TWISTER uses 10); 0 = off
