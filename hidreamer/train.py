@@ -133,10 +133,10 @@ def quick() -> TrainConfig:
     return TrainConfig(max_minutes=13., model=small())
 
 def cpu() -> TrainConfig:
-    "Two CPU cores, 100,000 steps, two hours and a half at most."
+    "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
     return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
-                       episodes=100, model=replace(model, halves=3, temperature=.5, transformer=replace(model.transformer, mlp=2.)))
+                       episodes=100, model=replace(model, halves=model.tokens.levels, temperature=.5, transformer=replace(model.transformer, mlp=2.)))
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
@@ -167,6 +167,7 @@ PRESETS = dict(quick=quick, cpu=cpu, atari100k=atari100k, debug=debug)
 def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     "What a preset means for `shi` and `original-shi`, which learns its hierarchy beforehand. `atari100k` has the sizes and rates of the design."
     name, first = cfg.preset, world == "original-shi"
+    if name == "cpu": cfg = replace(cfg, warm_up=4_000, replay_ratio=10., dream_ratio=30.)         # rates of its own
     codes = dict(levels=3 if first else 1, codes=512 if name == "atari100k" else 256)
     small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 1.))
     tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 1.))

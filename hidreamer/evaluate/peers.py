@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'HORIZON', 'CONTEXT', 'BATCH', 'LENGTH', 'BATCHES', 'GRIDS', 'OURS', 'SHORT', 'ARMS', 'precision', 'cast',
-           'Arm', 'hidreamer', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns', 'report', 'origin', 'main']
+           'Arm', 'hidreamer', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns', 'report', 'origin',
+           'check_asked', 'main']
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers003
 import argparse
@@ -24,7 +25,7 @@ from typing import TypeVar
 from unittest.mock import MagicMock
 import torch
 from torch import nn
-from ..core import autocast, count_parameters, keep_memory
+from ..core import autocast, check, count_parameters, keep_memory
 from .bench import load_average, machine, quartiles, random_segment, row
 from ..run import provenance
 
@@ -106,7 +107,7 @@ def on_cpu() -> None:
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers015
 def serve(name: str, peers: Path, precision: str, adapters: Path | None, pipe) -> None:
-    "One arm: builds its model, then answers ('prepare', case...) and ('turn', least seconds) until None comes."
+    "One arm: builds its model, then answers ('imagine', batch, horizon), ('train', kind) and ('turn', least seconds) until None comes."
     os.environ["PEERS_PRECISION"] = precision; add(adapters); keep_memory(); torch.set_num_threads(1); torch.manual_seed(0)
     make, place = ARMS[name]
     if place: absent(); sys.path.insert(0, str(peers/place))
@@ -157,6 +158,16 @@ def origin(folder: Path) -> dict:
     return dict(commit=commit, licence=next((k for k in ("MIT", "GNU GENERAL PUBLIC LICENSE Version 3", "Apache") if k in text), "no licence file"))
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers017
+def check_asked(o: argparse.Namespace) -> None:
+    "Raise `HidreamerError` for what would fail later."
+    arms = o.arms or list(ARMS)
+    for n in arms:
+        check(n in ARMS, "arms", n, f"must be of {', '.join(ARMS)}", "Name a file of --adapters that has it.")
+        check(not ARMS[n][1] or (o.peers/ARMS[n][1]).is_dir(), "peers", str(o.peers), f"has no folder {ARMS[n][1]}", "Clone the project there.")
+    check(bool(set(arms) & set(OURS)), "arms", arms, f"must have one of {', '.join(OURS)} to compare with")
+    check(o.repeats >= 3, "repeats", o.repeats, "must be at least 3"); check(min(o.batches, default=1) >= 1, "batches", o.batches, "must be at least 1")
+    check(o.out.resolve().parent.is_dir(), "out", str(o.out), "lies in a folder that does not exist")
+
 def main(arguments: list[str] | None = None) -> None:
     "`python -m hidreamer.evaluate.peers --peers FOLDER --out FILE`"
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -166,7 +177,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--arms", nargs="+", help="of all"); p.add_argument("--batches", nargs="*", type=int, default=BATCHES)
     p.add_argument("--repeats", type=int, default=5); p.add_argument("--least", type=float, default=.3, help="seconds of a turn")
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16"); p.add_argument("--no-train", action="store_true")
-    args = p.parse_args(arguments); add(args.adapters)
+    args = p.parse_args(arguments); add(args.adapters); check_asked(args)
     torch.set_num_threads(1); began = time.time()
     arms = {n: Process(n, args.peers.resolve(), args.precision, args.adapters) for n in args.arms or ARMS}
     facts = {n: a.facts | dict(precision=args.precision) | (origin(args.peers/ARMS[n][1].split("/")[0]) if ARMS[n][1] else {}) for n, a in arms.items()}
@@ -187,6 +198,6 @@ def main(arguments: list[str] | None = None) -> None:
                     BATCH * LENGTH, "frames_per_second"))
     for a in arms.values(): a.close()
 
-# %% ../../nbs/61_evaluate.peers.ipynb #peers018
+# %% ../../nbs/61_evaluate.peers.ipynb #peers019
 #| eval: false
 if __name__ == "__main__" and "__file__" in globals(): main()       # as a command, not in the notebook

@@ -38,7 +38,7 @@ class HiDreamerConfig(Config):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("head_blocks", "halves", "contrast", "contrast_weight"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
-        check(self.halves <= self.tokens.levels, "halves", self.halves, f"must not exceed the number of levels, {self.tokens.levels}")
+        check(self.halves <= self.tokens.levels, "halves", self.halves, f"must not exceed the number of levels, {self.tokens.levels}", "Lower --model.halves.")
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]", "1 samples what the model believes.")
         return super().check()
 
@@ -73,7 +73,7 @@ def chessboard(grid: int) -> list[list[int]]:
     return [[i for i in range(grid ** 2) if (i // grid + i % grid) % 2 == colour] for colour in (0, 1)]
 
 class CodeHead(nn.Module):
-    """Predicts the next frame's codes, level by level, all positions of a pass at once. A pass is a level, or one colour of its chessboard.
+    """Predicts the next frame's codes, level by level, all positions of a pass at once. A pass is a level, or one colour of its chessboard (He et al. 2021).
 
     It sees the transformer's output after the action, the present frame's codes (all levels), the previous frame's coarse
     codes, and what earlier passes said of the next frame: what moves is found next to where it was."""
