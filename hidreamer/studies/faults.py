@@ -65,7 +65,7 @@ class Rooms:
     def study(self) -> StudyConfig:
         size = dict(hidden=32, channels=4, l2_rnn_state_dim=16, l2_posterior_arch="32", l2_decoder_arch="32")
         model = jepa.JEPAConfig(batch=16, refine_batch=16, time=9, refine_time=9, l2_time=21, **size)
-        return StudyConfig(transitions=3_600, epochs=6, seed=self.seed, model=model)
+        return StudyConfig(transitions=3_600, epochs=16, seed=self.seed, model=model)
 
 def short_run(folder: Path, world: str = "hidreamer", learner: str = "ppo", seed: int = 0) -> TrainConfig | Rooms:
     "The config of a run of seconds, with everything in it."
