@@ -113,7 +113,7 @@ class CodeHead(nn.Module):
         return self.norm[i](x).flatten(1, 2)
 
     def logits(self, l: int, y: Float[Tensor, "n k d"], codebook: Float[Tensor, "c e"]) -> Float[Tensor, "n k c"]:
-        "Logits of level `l` where passes made `y`."
+        "Logits of level `l` from what `read` made of its positions."
         return F.linear(y, self.out[l](codebook), self.bias[l])
 
 # %% ../../nbs/41_worlds.hidreamer.ipynb #cell-012
