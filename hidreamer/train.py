@@ -135,8 +135,9 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
-                       episodes=100, model=replace(model, halves=model.tokens.levels, temperature=.5, transformer=replace(model.transformer, mlp=2.)))
+    model = replace(model, halves=1, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2.))
+    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=32., max_minutes=130.,
+                       episodes=100, model=model)
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'trained', 'still_codes', 'at_temperature', 'reader_and_games', 'look', 'changed', 'Codes', 'learn', 'arm_row',
-           'speeds', 'ablate', 'look_at', 'main']
+           'speeds', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -13,16 +13,18 @@ import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
-from ..core import Segment, autocast, check, count_parameters, keep_memory, seed_everything
+from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
 from ..evaluate.bench import paired, quartiles, random_segment
 from ..evaluate.imagined import Reader, imagined_state, labelled
 from ..evaluate.tokens import persistence
 from ..nets.transformer import TransformerConfig
-from ..data.envs import RAM
+from ..data.envs import RAM, EnvConfig, game_id, make_envs
+from ..evaluate.scores import evaluate
 from ..run import Run, provenance, write_atomic
 from ..train import load_world
 from ..worlds.hidreamer import HiDreamer, HiDreamerConfig, token_accuracy
@@ -159,6 +161,68 @@ def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, update
     keep(speed=speeds(base, list(dict.fromkeys(r["arm"] for r in report["rows"]))))
     return report
 
+# %% ../../nbs/75_studies.atari.ipynb #free002
+def for_sb3(envs):
+    "Our vector environment as one of Stable-Baselines3, with signs of rewards."
+    from stable_baselines3.common.vec_env import VecEnv
+    class Sb3Envs(VecEnv):
+        def __init__(self): super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+        def reset(self): return envs.reset()[0]
+        def step_async(self, actions): self.chosen = actions
+        def step_wait(self):
+            obs, rewards, terminated, truncated, _ = envs.step(self.chosen)
+            return obs, np.sign(rewards), terminated | truncated, [dict(terminal_observation=o) for o in obs]
+        def close(self): envs.close()
+        def get_attr(self, name, indices=None): return [getattr(envs, name, None)] * self.num_envs
+        def set_attr(self, name, value, indices=None): raise NotImplementedError("the environments' settings are fixed")
+        def env_method(self, name, *args, indices=None, **kwargs): raise NotImplementedError("the environments have no methods of their own")
+        def env_is_wrapped(self, wrapper, indices=None): return [False] * self.num_envs
+    return Sb3Envs()
+
+class Sb3Agent:
+    "A Stable-Baselines3 model as one of our agents."
+    def __init__(self, model): self.model = model
+    def reset(self): "It remembers nothing."
+    def act(self, frames, first, greedy: bool = False) -> Tensor:
+        return torch.as_tensor(self.model.predict(frames.cpu().numpy(), deterministic=greedy)[0]).to(frames.device)
+
+def model_free(game: str, seed: int, at: list[int], episodes: int = 100) -> list[dict]:
+    "Train PPO for `max(at)` steps of `game`; its scores after each number of steps in `at`."
+    try:
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.callbacks import BaseCallback
+    except ImportError as e: raise HidreamerError("stable_baselines3: is not installed. pip install stable-baselines3") from e
+    cfg, left, rows, began = EnvConfig(size=84, grey=True, stack=4), sorted(at), [], time.time()
+    class Judge(BaseCallback):
+        def _on_step(self): bar.update(self.model.n_envs); return True
+        def _on_rollout_end(self):
+            while left and self.num_timesteps >= left[0]:
+                s = evaluate(Sb3Agent(self.model), game, episodes, seed, cfg=cfg)
+                rows.append(dict(game=game, seed=seed, at=left.pop(0), steps=self.num_timesteps, seconds=time.time() - began) | s.to_dict())
+    envs = for_sb3(make_envs(game, 8, seed, replace(cfg, life_loss=True)))
+    try:
+        model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, learning_rate=lambda share: 2.5e-4 * share,
+                    clip_range=lambda share: .1 * share, vf_coef=.5, ent_coef=.01, seed=seed, device="auto")
+        with tqdm(total=max(at), desc=f"PPO {game}, seed {seed}", unit="step") as bar:
+            model.learn(max(at), callback=Judge())
+    finally: envs.close()
+    return rows
+
+def compare_model_free(games: list[str], seeds: list[int], at: list[int], out: Path, episodes: int = 100, command: str = "") -> dict:
+    "`model_free` of every game and seed; what `out` holds already is not done again."
+    for game in games: game_id(game)
+    for n in at: check(n >= 1024, "at", n, "must be at least 1024 steps, the distance between two updates")
+    settings = dict(at=sorted(at), episodes=episodes)
+    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
+    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for game in games:
+        for seed in seeds:
+            if any((r["game"], r["seed"]) == (game, seed) for r in report["rows"]): continue
+            report["rows"] += model_free(game, seed, at, episodes)
+            write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
+    return report
+
 # %% ../../nbs/75_studies.atari.ipynb #atari012
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
@@ -175,7 +239,7 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return report
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate RUN --out FILE`"
+    "`python -m hidreamer.studies.atari look RUN... --out FILE`, `ablate RUN --out FILE`, or `free GAME... --out FILE`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
     a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
@@ -186,8 +250,13 @@ def main(arguments: list[str] | None = None) -> None:
     for k in (a, b):
         k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
         k.add_argument("--out", type=Path, required=True)
+    c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
+    c.add_argument("games", nargs="+"); c.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    c.add_argument("--at", type=int, nargs="+", default=[100_000, 300_000, 1_000_000]); c.add_argument("--episodes", type=int, default=100)
+    c.add_argument("--out", type=Path, required=True)
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
-    if o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
+    if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
+    elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
     else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, command=command)
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013

@@ -33,6 +33,7 @@ class TokenizerConfig(Config):
     dead: float = 0.05                          # codes used less than this share of an equal share are moved to where the error is
     dropout: float = 0.3                        # share of training frames that are decoded from a prefix of the levels
     moving_weight: float = 20.                  # extra weight of pixels that differ from the background
+    cell_weight: float = 0.                     # extra weight of all pixels of a cell in which any pixel differs from the background
     empty: float = 0.02                         # share of the cells without a moving pixel that codebooks learn from
     backgrounds: int = 1                        # how many backgrounds to keep (as many as games or rooms)
     residual: bool | None = None                # code what differs from the background; default: unless frame-level with one background
@@ -84,7 +85,7 @@ class TokenizerConfig(Config):
         check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1)")
         for name in ("dead", "dropout", "empty"):
             check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
-        for name in ("moving_weight", "nce", "warm"):
+        for name in ("moving_weight", "cell_weight", "nce", "warm"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(self.temperature > 0, "temperature", self.temperature, "must be positive")
         check(self.precision in ("auto", "bf16", "fp32"), "precision", self.precision, "must be auto, bf16 or fp32")

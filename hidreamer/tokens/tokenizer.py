@@ -152,10 +152,12 @@ class Tokenizer(nn.Module):
         "Sum of the code vectors of the first `levels` levels, on the finest grid. No gradient reaches the codebooks."
         return self.quantiser.decode(codes, levels)
 
+    def busy(self, moving: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n g g"]:
+        "Cells of the finest grid in which something moves."
+        return F.max_pool2d(moving.float(), self.cfg.size // self.cfg.fine) > 0
     def used(self, moving: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n k"]:
         "Vectors from which the codebooks learn: those that see something move, and a share `empty` of the others."
-        cell = self.cfg.size // self.cfg.fine
-        seen = F.max_pool2d(moving.float().unsqueeze(1), cell).flatten(1) > 0
+        seen = self.busy(moving).flatten(1)
         return seen | (torch.rand(seen.shape, device=seen.device) < self.cfg.empty)
 
     def loss(self, frames: UInt8[Tensor, "b t c h w"]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -174,7 +176,9 @@ class Tokenizer(nn.Module):
         if self.training and self.batches <= self.cfg.warm: q = self.warm(z)
         else: q = self.quantiser(z, None if self.cfg.fine == 1 else self.used(moving))
         error = (self.draw(q.z, self.background.nearest(x)) - x).square().mean(1)
-        rec = 10 * (error * (1 + self.cfg.moving_weight * moving)).mean()
+        weight = 1 + self.cfg.moving_weight * moving
+        if self.cfg.cell_weight: weight = weight + self.cfg.cell_weight * F.interpolate(self.busy(moving).float().unsqueeze(1), size=x.shape[-2:])[:, 0]
+        rec = 10 * (error * weight).mean()
         loss, logs = rec + q.loss, dict(rec=rec.detach(), mse=error.mean().detach(), commit=q.loss.detach(), moving=moving.float().mean())
         logs |= {f"error{l}": e for l, e in enumerate(q.errors)}
         if self.cfg.nce:

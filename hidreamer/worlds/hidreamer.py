@@ -132,14 +132,16 @@ def nats(logits: Float[Tensor, "n k c"], codes: Int[Tensor, "n k"]) -> Float[Ten
 def draw(logits: Float[Tensor, "... c"], temperature: float, block: int = 16) -> Int[Tensor, "..."]:
     """One sample from each row of logits, by inverting its cumulative distribution: one random number a row.
 
-    In two stages, first a block of codes, then a code inside it: cumulative sums over 16 numbers are several times faster than over 256."""
-    p = (logits / temperature).softmax(-1, dtype=torch.float32)
-    p = F.pad(p, (0, -p.shape[-1] % block)).unflatten(-1, (-1, block))
-    cdf = p.sum(-1).cumsum(-1)
+    In two stages, first a block of codes, then a code inside it: cumulative sums over 16 numbers are several times faster than over 256.
+    Probabilities have the precision of `logits`; they are added up in float32."""
+    with torch.autocast(logits.device.type, enabled=False): p = (logits / temperature).softmax(-1)
+    if missing := -p.shape[-1] % block: p = F.pad(p, (0, missing))
+    p = p.unflatten(-1, (-1, block))
+    cdf = p.sum(-1).float().cumsum(-1)
     u = torch.rand(*cdf.shape[:-1], 1, device=cdf.device) * cdf[..., -1:]
     i = (cdf < u).sum(-1, keepdim=True).clamp(max=cdf.shape[-1] - 1)
     u = u - torch.where(i > 0, cdf.gather(-1, (i - 1).clamp(min=0)), 0.)
-    inside = p.gather(-2, i.unsqueeze(-1).expand(*i.shape, block)).squeeze(-2).cumsum(-1)
+    inside = p.gather(-2, i.unsqueeze(-1).expand(*i.shape, block)).squeeze(-2).float().cumsum(-1)
     j = (inside < u).sum(-1, keepdim=True).clamp(max=block - 1)
     return (i * block + j).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
