@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from .behave.agent import Agent, RandomAgent
 from .behave.dreamer import ActorCritic, ActorCriticConfig, ActorCriticPolicy
@@ -24,6 +24,7 @@ from .behave.ppo import PPO, Policy, PPOConfig
 from .core import Config, HidreamerError, Segment, autocast, check, find_device, keep_memory, nearest, seed_everything
 from .data.envs import EnvConfig, Games, game_id, make_envs
 from .data.replay import Collector, Replay, ReplayConfig
+from .device import Recorded, at_home
 from .dreamerv3 import fill_agent
 from .evaluate.costs import costs_json, rollout_cost
 from .evaluate.dream import dream
@@ -58,6 +59,8 @@ class TrainConfig(Config):
     device: str = "auto"            # auto, cpu, cuda, mps
     precision: str = "auto"         # bf16, fp32, or auto: bf16 where it is faster
     threads: int = 0                # CPU threads; 0: PyTorch's own choice
+    record: bool = False            # on a GPU: play whole updates and dreams back as CUDA graphs
+    compile: bool = False           # fuse small operations with `torch.compile` (takes a minute)
     steps: int = 12_000             # steps of the real game (one step is four frames)
     random_steps: int = 6_000       # of these, the first ones with random actions
     envs: int = 8                   # games played side by side
@@ -142,9 +145,10 @@ def cpu() -> TrainConfig:
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
     net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32)
-    return TrainConfig(preset="atari100k", steps=100_000, random_steps=5_000, warm_up=10_000, batch=32, length=32,
+    return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=10_000, batch=32, length=32,
                        replay_ratio=64., dream_ratio=256., dream_batch=1024, dream_context=16, lr=3e-4, tokens_lr=1e-3, episodes=100, save_every=10_000,
-                       model=HiDreamerConfig(transformer=net, head_width=96, head_blocks=3))
+                       ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, target_kl=0.),
+                       model=HiDreamerConfig(tokens=TokenizerConfig(cell_weight=5.), temperature=.5, transformer=net, head_width=96, head_blocks=3))
 
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."
@@ -227,14 +231,19 @@ class Trainer:
         self.world, self.policy = self.agent.world, self.agent.policy
         self.learner = LEARNERS[cfg.learner][1](self.policy)
         rates = [g.get("lr_scale", 1.) * (cfg.tokens_lr if g["name"] == "tokens" else cfg.lr) for g in self.world.groups()]
-        self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)],
-                                           betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"))
+        self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)], betas=(.9, cfg.beta2), eps=cfg.eps,
+                                           weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"), capturable=self.device.type == "cuda")
+        self.world_update, self.dream_update = Recorded(self.update_from), Recorded(self.dream_from)
+        if cfg.compile:
+            for part in self.world.parts_to_compile(): part.compile()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
         self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None
         self.unit = self.saving = 1.                     # seconds that a unit of work, and a checkpoint, may take
         last = self.run.latest()
         if last: self.replay = Replay.load(last.replay_path or last.path, self.run.path/"replay")
         else: self.replay = Replay(self.run.path/"replay", cfg.replay.capacity, cfg.envs, self.envs.single_observation_space.shape)
+        if self.device.type != "cpu":
+            with enough_memory("--replay.capacity"): self.replay.keep_on(self.device)
         self.collector = Collector(self.envs, self.replay, seed=cfg.seed + (last.step if last else 0))
         if last: self.restore(last)
         self.began = time.time() - 60 * self.clock["minutes"]
@@ -243,7 +252,9 @@ class Trainer:
     def training(self) -> dict:
         "Everything that going on needs, beside the weights and the replay: tensors, numbers, lists."
         agent = dict(generator=self.agent.generator.get_state(), state=packed(self.agent.state), actions=self.agent.actions)
-        return dict(clock=dict(self.clock), optimizer=self.optimizer.state_dict(), learner=self.learner.state_dict(), rng=rng_state(), recent=self.recent,
+        optimizer = self.optimizer.state_dict()
+        for g in optimizer["param_groups"]: g["lr"] = float(g["lr"])
+        return dict(clock=dict(self.clock), optimizer=optimizer, learner=self.learner.state_dict(), rng=rng_state(), recent=self.recent,
                     seconds=dict(self.seconds), logs={k: list(v) for k, v in self.logs.items()}, row=self.row, judged=self.judged, restarts=self.envs.restarts,
                     agent=agent, chance=self.chance.generator.get_state(), games=self.collector.state(), beside=beside(self.world))
 
@@ -260,6 +271,7 @@ class Trainer:
         try:
             self.check_training(t)
             self.optimizer.load_state_dict(t["optimizer"]); self.learner.load_state_dict(t["learner"])
+            for g in self.optimizer.param_groups: g["capturable"] = self.device.type == "cuda"         # a property of this machine
             self.clock |= dict(until=t["clock"]["steps"]) | t["clock"]
             self.recent, self.seconds, self.collector.steps = t["recent"], t["seconds"], self.clock["steps"]
             if "games" in t: self.put_back(t)
@@ -332,6 +344,7 @@ class Trainer:
         now = [self.clock[k] for k in ("steps", "updates", "dream")]
         if now == self.row: return
         row = {k: float(total) / n for k, (total, n) in self.logs.items()}
+        check_finite(torch.tensor(sum(map(abs, row.values()))), row, self.clock["steps"])      # on a GPU, the first look at them
         if self.recent: row["score/recent"] = float(np.mean(self.recent))
         if self.envs.restarts: row["env/restarts"] = self.envs.restarts
         self.run.log(self.clock["steps"], row | {f"time/{k}": v for k, v in self.seconds.items()})
@@ -357,28 +370,38 @@ class Trainer:
         self.begin_block(steps, random)
         while self.clock["steps"] < self.clock["until"]: self.play()
 
-    def update(self, loss, logs, share: float, names: tuple[str, ...] = ()):
-        "One optimiser step of all groups, or of the named ones; learning rates rise over 50 steps and fall with `share` of the work done."
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norms = {}
+    def rates(self, share: float):
+        "Learning rates rise over 50 steps and fall with `share` of the work done."
         for g in self.optimizer.param_groups:
-            if names and g["name"] not in names: continue
-            g["lr"] = g["top"] * min(1., (self.clock["updates"] + 1) / 50) * (1 - (1 - self.cfg.lr_end) * min(1., share))
-            norms[f"gradient of {g['name']}"] = nn.utils.clip_grad_norm_(g["params"], self.cfg.max_grad)
-        check_finite(loss.detach() + sum(norms.values()), logs | norms, self.clock["steps"])
-        self.optimizer.step()
-        self.world.after_update()
+            rate = g["top"] * min(1., (self.clock["updates"] + 1) / 50) * (1 - (1 - self.cfg.lr_end) * min(1., share))
+            if self.device.type != "cuda": g["lr"] = rate
+            elif torch.is_tensor(g["lr"]): g["lr"].fill_(rate)
+            else: g["lr"] = torch.tensor(rate, device=self.device)          # where a recording finds it
         self.clock["updates"] += 1
 
+    def update(self, loss, logs):
+        "One optimiser step of everything that has a gradient."
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norms = {f"gradient of {g['name']}": nn.utils.clip_grad_norm_(g["params"], self.cfg.max_grad) for g in self.optimizer.param_groups
+                 if any(p.grad is not None for p in g["params"])}
+        if at_home(loss): check_finite(loss.detach() + sum(norms.values()), logs | norms, self.clock["steps"])
+        self.optimizer.step()
+        self.world.after_update()
+
     def sample(self, batch: int, length: int) -> Segment: return self.replay.sample(batch, length).to(self.device)
+    def parts(self, seg: Segment) -> list[Tensor]: return list(vars(seg).values())
+    def recorded(self) -> bool:
+        "May updates and dreams be played back, from here on?"
+        return self.cfg.record and self.world.steady and not self.world.learn_tokens
 
     def warm_up(self):
         "One update of the tokenizer alone."
         with self.timed("tokens"):
             self.world.learn_tokens = True; self.world.train()
+            self.rates(self.clock["warm"] / self.cfg.warm_up)
             with autocast(self.device, self.cfg.precision): loss, logs = self.world.warm_up_loss(self.sample(self.cfg.batch * 4, 1))
-            self.update(loss, logs, self.clock["warm"] / self.cfg.warm_up, ("tokens",))
+            self.update(loss, logs)
             self.clock["warm"] += 1
             self.note("tokens", logs)
 
@@ -387,24 +410,37 @@ class Trainer:
         cfg = self.cfg
         with self.timed("world"):
             self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
-            with autocast(self.device, cfg.precision): loss, logs = self.world.loss(self.sample(cfg.batch, cfg.length))
-            self.update(loss, logs, self.clock["world"] / (cfg.steps * cfg.replay_ratio))
+            self.rates(self.clock["world"] / (cfg.steps * cfg.replay_ratio))
+            logs = (self.world_update if self.recorded() else self.update_from)(*self.parts(self.sample(cfg.batch, cfg.length)))
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
+
+    def update_from(self, *parts: Tensor) -> dict[str, Tensor]:
+        "The world learns from the parts of a segment."
+        with autocast(self.device, self.cfg.precision): loss, logs = self.world.loss(Segment(*parts))
+        self.update(loss, logs)
+        return logs
 
     def learn_behaviour(self):
         "One batch of dreams, and what the learner makes of it."
         cfg = self.cfg
         with self.timed("behaviour"):
             self.world.eval()
-            seg = self.sample(max(1, cfg.dream_batch // cfg.dream_repeat // self.world.starts_per(cfg.dream_context)), cfg.dream_context)
-            with torch.no_grad(), autocast(self.device, cfg.precision):
-                state = self.world.repeat(self.world.starts(seg), cfg.dream_repeat)
-                rollout = imagine(self.world, self.policy, state, cfg.horizon)
-            logs = self.learner.update(rollout)
-            check_finite(torch.tensor(sum(map(abs, logs.values()))), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
+            starts = self.world.starts_per(cfg.dream_context)
+            n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
+            play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
+            logs = (self.dream_update if play_back else self.dream_from)(*self.parts(self.sample(n, cfg.dream_context)))
+            if self.device.type == "cpu":
+                check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)
-            self.clock["dream"] += rollout.batch * rollout.horizon
+            self.clock["dream"] += n * starts * cfg.dream_repeat * cfg.horizon
+
+    def dream_from(self, *parts: Tensor) -> dict[str, Tensor | float]:
+        "The policy dreams on from the parts of a segment, and learns from that."
+        with torch.no_grad(), autocast(self.device, self.cfg.precision):
+            state = self.world.repeat(self.world.starts(Segment(*parts)), self.cfg.dream_repeat)
+            rollout = imagine(self.world, self.policy, state, self.cfg.horizon)
+        return self.learner.learn(rollout) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
     def work(self):

@@ -135,7 +135,7 @@ class ActorCritic:
     def measure(self, returns: Float[Tensor, "n"]) -> Float[Tensor, ""]:
         "Take the 5th and 95th percentile of `returns` into their running means; the range between them, or 1 if it is less. Source: DreamerV3, eq. 7."
         p, x = self.policy, returns.flatten()[:2**24]                    # `quantile` takes no more
-        p.ema_vals.lerp_(torch.quantile(x, torch.tensor([.05, .95], device=x.device)), share(p.seen.item(), self.cfg.norm_rate))
+        p.ema_vals.lerp_(torch.quantile(x, torch.tensor([.05, .95], device=x.device)), share(p.seen, self.cfg.norm_rate))
         p.seen += 1
         return (p.ema_vals[1] - p.ema_vals[0]).clamp(min=1.)
 

@@ -8,10 +8,11 @@ __all__ = ['gae', 'PPOConfig', 'share', 'Standardise', 'Policy', 'PPO']
 # %% ../../nbs/51_behave.ppo.ipynb #cell-003
 from dataclasses import dataclass
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from .imagine import Rollout
 from ..core import Config, check, typed
+from ..device import at_home
 from ..worlds.base import TwoHot, mlp
 
 # %% ../../nbs/51_behave.ppo.ipynb #cell-006
@@ -55,9 +56,9 @@ class PPOConfig(Config):
         return super().check()
 
 # %% ../../nbs/51_behave.ppo.ipynb #cell-015
-def share(n: int, least: float = 0.02) -> float:
+def share(n: Int[Tensor, ""], least: float = 0.02) -> Float[Tensor, ""]:
     "Weight of observation number `n` (from 0) in a running mean: a plain mean first, an exponential one later."
-    return max(1 / (n + 1), least)
+    return (1 / (n + 1)).clamp(min=least)
 
 class Standardise(nn.Module):
     "(x - running mean) / running deviation, for every feature by itself. The identity until the first `update`."
@@ -73,7 +74,7 @@ class Standardise(nn.Module):
     @torch.no_grad()
     def update(self, x: Float[Tensor, "... d"]):
         "Take a batch into the running mean and variance."
-        s, x = share(self.count.item()), x.flatten(0, -2).float()
+        s, x = share(self.count), x.flatten(0, -2).float()
         var, mean = torch.var_mean(x, 0, correction=0)
         self.var.copy_((1 - s) * (self.var + s * (mean - self.mean) ** 2) + s * var)
         self.mean.lerp_(mean, s); self.count += 1
@@ -107,39 +108,44 @@ class PPO:
     """Proximal policy optimisation of a `Policy` on imagined rollouts. Source: Schulman et al. 2017, eqs. 7 and 9;
     advantages in units of the return's range as in DreamerV3 (Hafner et al. 2023), eqs. 6-7.
 
-    Minibatches are drawn from PyTorch's global generator (of the CPU)."""
+    Minibatches are drawn from PyTorch's global generator."""
     def __init__(self, policy: Policy, cfg: PPOConfig | None = None):
         self.policy, self.cfg = policy, (cfg or policy.cfg).check()
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.cfg.lr, eps=1e-5)
-        self.range, self.updates = 0., 0                     # running 5-95% range of returns
+        device = next(policy.parameters()).device
+        self.optimizer = torch.optim.Adam(policy.parameters(), lr=self.cfg.lr, eps=1e-5, fused=device.type in ("cpu", "cuda"),
+                                          capturable=device.type == "cuda")
+        self.range, self.updates = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)    # running 5-95% range of returns
 
     def update(self, r: Rollout) -> dict[str, float]:
         "Several passes over one rollout of this very policy; returns what to log."
+        return {k: float(v) for k, v in self.learn(r).items()}
+
+    def learn(self, r: Rollout) -> dict[str, Tensor]:
+        "`update`, with tensors to log. It asks the device nothing, so that a GPU can record it, if `target_kl` is 0."
         cfg, w = self.cfg, r.weights / r.weights.mean()
         mean = lambda x: (w * x).mean()
         adv = gae(r.rewards, r.values, r.conts, cfg.gamma, cfg.lam)
         targets = adv + r.values[:-1]
-        scale, centre = self.measure(targets[r.weights >= 0.5]), 0.
-        if not cfg.return_norm: centre = mean(adv); scale = mean((adv - centre) ** 2).sqrt().clamp(min=1e-6).item()
+        scale, centre = self.measure(targets.where(r.weights >= 0.5, torch.nan)), 0.
+        if not cfg.return_norm: centre = mean(adv); scale = mean((adv - centre) ** 2).sqrt().clamp(min=1e-6)
         flat = [x.flatten(0, 1) for x in (r.features[:-1], r.actions, r.logp, (adv - centre) / scale, targets, w)]
         logs, n = [], len(flat[0])
         for _ in range(cfg.epochs):
-            order = torch.randperm(n).to(w.device).chunk(cfg.minibatches)
+            order = (torch.randperm(n) if at_home(w) else torch.rand(n, device=w.device).argsort()).chunk(cfg.minibatches)
             logs.append([self.minibatch(*(x[i] for x in flat)) for i in order])
             if cfg.target_kl and torch.stack([log["kl"] for log in logs[-1]]).mean() > cfg.target_kl: break
         self.policy.norm.update(r.features[:-1])
         steps = sum(logs, [])
         spread = mean((targets - mean(targets)) ** 2)
-        return {k: torch.stack([log[k] for log in steps]).mean().item() for k in steps[0]} | dict(
-            reward=r.returns.mean().item(), value=mean(r.values[:-1]).item(), scale=scale, steps=len(steps),
-            explained=max(-1., (1 - mean((adv - mean(adv)) ** 2) / spread).item()) if spread > 1e-8 else 0.)
+        explained = (1 - mean((adv - mean(adv)) ** 2) / spread).clamp(min=-1.).where(spread > 1e-8, 0.)
+        return {k: torch.stack([log[k] for log in steps]).mean() for k in steps[0]} | dict(
+            reward=r.returns.mean(), value=mean(r.values[:-1]), scale=scale, steps=torch.full_like(scale, len(steps)), explained=explained)
 
-    def measure(self, returns: Float[Tensor, "n"]) -> float:
-        "Take the 5-95% range of `returns` into its running mean; that, or 1 if it is less. Source: DreamerV3, eq. 7."
-        x = returns.flatten()[:2**24]                        # `quantile` takes no more
-        low, high = torch.quantile(x, torch.tensor([.05, .95], device=x.device)).tolist()
-        self.range += share(self.updates) * (high - low - self.range); self.updates += 1
-        return max(1., self.range)
+    def measure(self, returns: Float[Tensor, "t b"]) -> Float[Tensor, ""]:
+        "Take the 5-95% range of `returns`, those that are NaN left out, into its running mean; that, or 1 if it is less. Source: DreamerV3, eq. 7."
+        x = returns.flatten()[:2**24]                        # `nanquantile` takes no more
+        self.range.lerp_(x.nanquantile(.95) - x.nanquantile(.05), share(self.updates)); self.updates += 1
+        return self.range.clamp(min=1.)
 
     def minibatch(self, features, actions, old, adv, targets, w) -> dict[str, Tensor]:
         "One optimiser step on rows (n ...) of a rollout."
@@ -159,9 +165,11 @@ class PPO:
 
     def state_dict(self) -> dict:
         "Everything but the policy: optimiser and range of returns. Survives `torch.load(weights_only=True)`."
-        return dict(optimizer=self.optimizer.state_dict(), range=self.range, updates=self.updates)
+        return dict(optimizer=self.optimizer.state_dict(), range=float(self.range), updates=int(self.updates))
 
     def load_state_dict(self, d: dict):
         "Go on exactly where `state_dict` was taken; the policy's own weights are loaded apart."
         check(d["updates"] >= 0, "ppo.updates", d["updates"], "must not be negative")
-        self.optimizer.load_state_dict(d["optimizer"]); self.range, self.updates = d["range"], d["updates"]
+        here = [g["capturable"] for g in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(d["optimizer"]); self.range.fill_(d["range"]); self.updates.fill_(d["updates"])
+        for g, value in zip(self.optimizer.param_groups, here): g["capturable"] = value           # a property of this machine

@@ -76,7 +76,7 @@ class Replay:
         self.num_envs, self.shape, self.keep = num_envs, tuple(shape), capacity // num_envs     # rows kept
         self.chunk_rows = max(1, min(self.keep // 4, max(64, 1024 // num_envs)))
         self.rows, self.chunks = 0, {}                                  # rows ever added; chunk number -> Chunk
-        self._ends = (None, None)
+        self._ends, self.near = (None, None), None                      # where segments may end; a second copy, see `keep_on`
         self._temporary = tempfile.TemporaryDirectory(prefix="hidreamer-replay-") if path is None else None
         self.path = Path(self._temporary.name if path is None else path)
         self._claim_folder(have)
@@ -136,6 +136,7 @@ def add(self: Replay,
     number, row = divmod(self.rows, self.chunk_rows)
     data = self._chunk(number).data
     for k, v in values.items(): data[k][:, row] = v.detach().to("cpu", FIELDS[k])
+    if self.near is not None: self._copy(data, row, self.rows % self.keep, 1)
     self._count(values["first"].cpu().numpy().astype(bool))
 
 @patch
@@ -161,17 +162,22 @@ def _empty(self: Replay, batch: int, length: int) -> dict[str, Tensor]:
 
 @patch
 def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None) -> Segment:
-    "`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU."
+    "`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU, or where `keep_on` says."
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
     if self._ends[0] != (self.rows, length):
         ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
         ok = ages >= length - 1
         ok[:, :length - 1] = False              # a stretch that ends here would begin before the oldest row
-        self._ends = (self.rows, length), np.flatnonzero(ok)
         check(ok.any(), "length", length, f"is longer than every episode so far; the longest has {ages.max() + 1} steps",
               "Use shorter segments or collect more steps.")
+        self._ends = (self.rows, length), np.flatnonzero(ok)
+        if self.near is not None: self._ends = self._ends[0], torch.from_numpy(self._ends[1]).to(self.near["first"].device)
     ends, width = self._ends[1], self.rows - self.oldest
+    if self.near is not None:
+        end = ends[torch.randint(len(ends), (batch, 1), generator=generator, device=ends.device)]
+        rows = (self.oldest + end % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
+        return Segment(**{k: v[end // width, rows] for k, v in self.near.items()})
     out = self._empty(batch, length)
     for i, end in enumerate(ends[torch.randint(len(ends), (batch,), generator=generator).numpy()]):
         self._read(int(end) // width, self.oldest + int(end) % width - length + 1, {k: v[i] for k, v in out.items()})
@@ -188,6 +194,22 @@ def episodes(self: Replay, whole: bool = True) -> list[Segment]:
             complete = bool(seg["first"][0, 0]) and (b < self.rows or bool(seg["terminated"][0, -1]))
             if complete or not whole: out.append(Segment(**seg))
     return out
+
+# %% ../../nbs/11_data.replay.ipynb #near002
+@patch
+def keep_on(self: Replay, device: str | torch.device) -> Replay:
+    "Keep a second copy of all steps in the memory of `device`, and `sample` there."
+    self.near = {k: torch.zeros(self.num_envs, self.keep, *(self.shape if k == "frames" else ()), dtype=d, device=device) for k, d in FIELDS.items()}
+    self._ends, row = (None, None), self.oldest
+    while row < self.rows:
+        number, i = divmod(row, self.chunk_rows)
+        n = min(self.chunk_rows - i, self.rows - row, self.keep - row % self.keep)
+        self._copy(self.chunks[number].data, i, row % self.keep, n); row += n
+    return self
+
+@patch
+def _copy(self: Replay, data: dict[str, Tensor], row: int, to: int, n: int):
+    for k, v in self.near.items(): v[:, to:to + n] = data[k][:, row:row + n].to(v.device, non_blocking=True)
 
 # %% ../../nbs/11_data.replay.ipynb #cell-016
 def link_or_copy(src: Path, dst: Path, link: bool = True) -> None:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..core import check, count_parameters, typed
+from ..device import at_home, stale
 
 # %% ../../nbs/31_nets.moe.ipynb #cell-006
 _copies = WeakTensorKeyDictionary()
 register_optimizer_step_post_hook(lambda *_: _copies.clear())      # fused optimisers change weights without a new version
+stale.append(_copies.clear)                                         # and a step played back by a GPU leaves no trace at all
 
 def in_dtype(p: Tensor, dtype: torch.dtype) -> Tensor:
     "`p` in `dtype`. Without gradients the copy is kept until `p` is changed in place or replaced, or any optimiser makes a step."
@@ -108,10 +110,10 @@ def apply_experts(x: Float[Tensor, "n d"], chosen: Int[Tensor, "n k"], weight: F
     "Sum over a token's chosen experts of weight * SwiGLU, in the dtype of `x`; and how many tokens each expert had."
     experts, k, weight = len(up), chosen.shape[1], weight.to(x.dtype).unsqueeze(-1)
     with torch.autocast(x.device.type, enabled=False):
-        if chosen.numel() == 1 and not torch.is_grad_enabled() and x.device.type == "cpu":   # a single token: nothing to sort
+        if chosen.numel() == 1 and not torch.is_grad_enabled() and at_home(x):   # a single token: nothing to sort
             e = int(chosen); a, b = (x @ up[e]).chunk(2, -1)
             return (F.silu(a) * b) @ down[e] * weight[0], F.one_hot(chosen.flatten(), experts).sum(0)
-        block = 1 << ((len(x) * k - 1) // 8).bit_length() if x.device.type == "cpu" else 1
+        block = 1 << ((len(x) * k - 1) // 8).bit_length() if at_home(x) else 1
         tokens, rows, ends, counts = arrange(chosen.flatten(), experts, block)
         a, b = grouped_matmul(Permute.apply(x if k == 1 else x.repeat_interleave(k, 0), tokens, rows), up, ends).chunk(2, -1)
         y = Permute.apply(grouped_matmul(F.silu(a) * b, down, ends), rows, tokens).unflatten(0, (-1, k)) * weight

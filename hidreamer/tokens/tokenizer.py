@@ -207,7 +207,7 @@ class Tokenizer(nn.Module):
     def train(self, mode: bool = True) -> "Tokenizer":
         "As ever; but the backgrounds learn no more than the codebooks do once they are settled."
         super().train(mode)
-        if self.quantiser.settled: self.background.eval()
+        if mode and self.quantiser.settled: self.background.eval()
         return self
 
     def warm(self, z: Float[Tensor, "n k d"]) -> Quantised:

@@ -62,6 +62,10 @@ class WorldModel(nn.Module):
         "Figures of its own on held-out episodes (b=1 each), ready for JSON. Nothing by default."
         return {}
 
+    steady = False                  # are the operations of an update and of a dream always the same, so that a GPU may record them?
+    def parts_to_compile(self) -> list[nn.Module]:
+        "Modules that `torch.compile` makes faster on a GPU: small operations in a row. Nothing by default."
+        return []
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
     def groups(self) -> list[dict]:
         "Parameter groups for the optimiser: `name`, `params` and, where wanted, `lr_scale`. The name \"tokens\" is for the tokenizer's."
@@ -95,8 +99,8 @@ class TwoHot(nn.Module):
         "Two-hot encoding: the two nearest bins share the mass in proportion to their nearness."
         c = self.centres; x = symlog(x.float()).clamp(c[0], c[-1])
         pos = (x - c[0]) / (c[1] - c[0])
-        low = pos.floor().long().clamp(max=len(c) - 2); up = (pos - low).unsqueeze(-1)
-        return F.one_hot(low, len(c)) * (1 - up) + F.one_hot(low + 1, len(c)) * up
+        low = pos.floor().long().clamp(max=len(c) - 2).unsqueeze(-1); up = pos.unsqueeze(-1) - low
+        return up.new_zeros(*x.shape, len(c)).scatter_(-1, low, 1 - up).scatter_(-1, low + 1, up)
 
     def loss(self, logits: Float[Tensor, "... bins"], x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         "Cross-entropy with the two-hot target, in nats."

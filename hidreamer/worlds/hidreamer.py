@@ -166,11 +166,13 @@ class HiDreamer(WorldModel):
         self.feature_dim = width + self.fine ** 2 * cfg.code_dim
         self.learn_tokens = True
 
+    steady = True
+    def parts_to_compile(self): return [m for m in self.head.modules() if isinstance(m, LocalBlock)]
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
-        super().train(mode)
-        if not self.learn_tokens: self.tokenizer.eval()
+        self.training = mode
+        for part in self.children(): part.train(mode and (part is not self.tokenizer or self.learn_tokens))
         return self
 
     def groups(self) -> list[dict]:
