@@ -5,15 +5,18 @@
 # %% auto #0
 __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cpu', 'atari100k', 'debug', 'small', 'tiny',
            'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'make_parts',
-           'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world']
+           'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world',
+           'publish', 'folder_of']
 
 # %% ../nbs/60_train.ipynb #cell-003
+import json
 import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -33,7 +36,8 @@ from .evaluate.rollouts import rollout_error
 from .evaluate.scores import HELD_OUT_SEED, evaluate, scores_json
 from .nets.levels import LevelsConfig
 from .nets.transformer import TransformerConfig
-from .run import Checkpoint, Run, Stop, check_finite, enough_memory, packed, plain, restore_rng, rng_state, unpacked
+from .run import (Checkpoint, Run, Stop, check_finite, enough_memory, packed, plain, provenance, restore_rng, rng_state, unpacked,
+                           write_atomic)
 from .tokens.tokenizer import TokenizerConfig
 from .worlds.base import WorldModel
 from .worlds.hdreamer import HDreamer, HDreamerConfig
@@ -66,6 +70,7 @@ class TrainConfig(Config):
     envs: int = 8                   # games played side by side
     block: int = 1_000              # steps between two rounds of learning
     warm_up: int = 1_500            # updates of the tokenizer alone, before anything else learns
+    world_warm_up: int = 0          # updates of the world before the first dream, beside those of replay_ratio
     tokens_until: int = 0           # steps until which the tokenizer goes on learning with the world; 0: frozen after its warm-up
     batch: int = 16                 # segments per world update
     length: int = 16                # steps per segment
@@ -101,7 +106,7 @@ class TrainConfig(Config):
         for name in ("steps", "envs", "block", "batch", "dream_batch", "dream_context", "dream_repeat", "horizon", "save_every", "episodes"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("envs", "threads"): check(getattr(self, name) <= 4096, name, getattr(self, name), "must be at most 4096")
-        for name in ("warm_up", "tokens_until", "replay_ratio", "dream_ratio", "max_minutes", "threads", "seed", "weight_decay"):
+        for name in ("warm_up", "world_warm_up", "tokens_until", "replay_ratio", "dream_ratio", "max_minutes", "threads", "seed", "weight_decay"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         check(0 <= self.beta2 < 1, "beta2", self.beta2, "must be in [0, 1)")
@@ -410,7 +415,7 @@ class Trainer:
         cfg = self.cfg
         with self.timed("world"):
             self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
-            self.rates(self.clock["world"] / (cfg.steps * cfg.replay_ratio))
+            self.rates(self.clock["world"] / self.frames(cfg.steps))
             logs = (self.world_update if self.recorded() else self.update_from)(*self.parts(self.sample(cfg.batch, cfg.length)))
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
@@ -443,6 +448,10 @@ class Trainer:
         return self.learner.learn(rollout) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
+    def frames(self, steps: int) -> float:
+        "How many frames the world has learned from after `steps` steps of the game."
+        return self.cfg.world_warm_up * self.cfg.batch * self.cfg.length + steps * self.cfg.replay_ratio
+
     def work(self):
         "A generator over units of work; after each one the run may be saved. Yields the stage's name."
         cfg, c = self.cfg, self.clock
@@ -450,7 +459,7 @@ class Trainer:
             while c["steps"] < c["until"]: self.play(); yield "collect"
             if c["steps"] >= cfg.random_steps:
                 while c["warm"] < cfg.warm_up: self.warm_up(); yield "tokens"
-                while c["world"] < c["steps"] * cfg.replay_ratio: self.learn_world(); yield "world"
+                while c["world"] < self.frames(c["steps"]): self.learn_world(); yield "world"
                 while c["dream"] < c["steps"] * cfg.dream_ratio: self.learn_behaviour(); yield "behaviour"
             self.flush()
             if c["steps"] >= cfg.steps: return
@@ -461,7 +470,7 @@ class Trainer:
         cfg, c = self.cfg, self.clock
         per = cfg.batch * cfg.length, cfg.dream_batch * cfg.horizon
         done = c["warm"] + c["world"] / per[0] + c["dream"] / per[1] * 5
-        return int(done), int(cfg.warm_up + cfg.steps * (cfg.replay_ratio / per[0] + cfg.dream_ratio / per[1] * 5))
+        return int(done), int(cfg.warm_up + self.frames(cfg.steps) / per[0] + cfg.steps * cfg.dream_ratio / per[1] * 5)
 
     def late(self) -> bool:
         "Is the time over that `max_minutes` allows, but for what another unit of work and a checkpoint may take?"
@@ -641,8 +650,8 @@ def train(cfg: TrainConfig) -> Path:
 
 # %% ../nbs/60_train.ipynb #41e3a1bb
 def load_agent(run: str | Path, device: str = "auto") -> Agent:
-    "The agent of a run's newest intact checkpoint."
-    r = Run(run)
+    "The agent of a run's newest intact checkpoint; `run` is a folder, or a file from `publish`."
+    r = Run(folder_of(run))
     cfg, last = TrainConfig.from_dict(r.config).check(), r.checkpoint()
     envs = make_envs(cfg.env, 1, 0, cfg.atari)
     actions = int(envs.single_action_space.n); envs.close()
@@ -654,3 +663,30 @@ def load_agent(run: str | Path, device: str = "auto") -> Agent:
 def load_world(run: str | Path, device: str = "auto") -> WorldModel:
     "The world of a run's newest intact checkpoint."
     return load_agent(run, device).world
+
+# %% ../nbs/60_train.ipynb #pub002
+def publish(run: str | Path, out: str | Path | None = None) -> Path:
+    "The newest checkpoint's agent in one file, `out`, or ENV-WORLD-SEED.safetensors in the run's folder. Returns its path."
+    r = Run(run); last, cfg = r.checkpoint(), TrainConfig.from_dict(r.config).check()
+    small = lambda k, v: v.ndim >= 2 and v.is_floating_point() and not k.startswith("world.tokenizer.")
+    weights = {k: (v.bfloat16() if small(k, v) else v).contiguous() for k, v in last.model().items()}
+    about = dict(config=cfg.to_dict() | dict(run=""), step=last.step, minutes=last.training()["clock"]["minutes"], **provenance())
+    path = Path(out) if out else r.path/f"{cfg.env}-{cfg.world}-{cfg.seed}.safetensors"
+    write_atomic(path, safetensors.torch.save(weights, {"hidreamer": json.dumps(about)}))
+    return path
+
+def folder_of(run: str | Path) -> Path:
+    "`run`, or, if it is a file from `publish`, the run folder beside it, of the same name; it is made if it is not there."
+    run = Path(run)
+    if not run.is_file(): return run
+    folder = run.with_suffix("")
+    check(run.suffix == ".safetensors", "run", str(run), "is neither a run folder nor a file from `hidreamer publish`")
+    try:
+        with safetensors.safe_open(str(run), "pt") as f:
+            about = json.loads((f.metadata() or {})["hidreamer"]); weights = {k: f.get_tensor(k) for k in f.keys()}
+        config, step, minutes = TrainConfig.from_dict(about["config"]).check().to_dict() | dict(run=""), int(about["step"]), float(about["minutes"])
+    except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError) as e:
+        raise HidreamerError(f"run={str(run)!r}: is no intact file from `hidreamer publish` ({type(e).__name__}: {str(e)[:120]}).") from e
+    with Run(folder, config, tensorboard=False) as made:                 # raises if another run is there
+        if made.latest() is None: made.save(step, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, dict(clock=dict(minutes=minutes)))
+    return folder

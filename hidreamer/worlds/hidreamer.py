@@ -137,12 +137,12 @@ def draw(logits: Float[Tensor, "... c"], temperature: float, block: int = 16) ->
     with torch.autocast(logits.device.type, enabled=False): p = (logits / temperature).softmax(-1)
     if missing := -p.shape[-1] % block: p = F.pad(p, (0, missing))
     p = p.unflatten(-1, (-1, block))
-    cdf = p.sum(-1).float().cumsum(-1)
+    mass = p.sum(-1).float(); cdf = mass.cumsum(-1)
     u = torch.rand(*cdf.shape[:-1], 1, device=cdf.device) * cdf[..., -1:]
     i = (cdf < u).sum(-1, keepdim=True).clamp(max=cdf.shape[-1] - 1)
-    u = u - torch.where(i > 0, cdf.gather(-1, (i - 1).clamp(min=0)), 0.)
+    u = (u - cdf.gather(-1, i)) / mass.gather(-1, i) + 1         # how far into the block, in [0, 1]
     inside = p.gather(-2, i.unsqueeze(-1).expand(*i.shape, block)).squeeze(-2).float().cumsum(-1)
-    j = (inside < u).sum(-1, keepdim=True).clamp(max=block - 1)
+    j = (inside < u * inside[..., -1:]).sum(-1, keepdim=True).clamp(max=block - 1)
     return (i * block + j).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 # %% ../../nbs/41_worlds.hidreamer.ipynb #cell-015
