@@ -143,8 +143,9 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    model = replace(model, halves=1, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2.))
-    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=32., max_minutes=130.,
+    model = replace(model, halves=model.tokens.levels, temperature=.5, tokens=replace(model.tokens, cell_weight=5.),
+                    transformer=replace(model.transformer, mlp=2.))
+    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
                        episodes=100, model=model)
 
 def atari100k() -> TrainConfig:
