@@ -207,7 +207,7 @@ def model_free(game: str, seed: int, at: list[int], tell: Callable[[dict], None]
         def _on_rollout_end(self):
             while left and self.num_timesteps >= left[0]:
                 s = evaluate(Sb3Agent(self.model), game, episodes, seed, cfg=cfg)
-                tell(dict(game=game, seed=seed, at=left.pop(0), steps=self.num_timesteps, wall_time=time.time() - began) | s.to_dict())
+                tell(dict(game=game, seed=seed, at=left.pop(0), trained_steps=self.num_timesteps, wall_time=time.time() - began) | s.to_dict())
     envs = for_sb3(make_envs(game, 8, seed, replace(cfg, life_loss=True)))
     try:
         model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, learning_rate=lambda share: 2.5e-4 * share,
