@@ -7,6 +7,7 @@ __all__ = ['stale', 'at_home', 'Questions', 'Recorded', 'forget']
 
 # %% ../nbs/02_device.ipynb #device03
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 import torch
@@ -54,12 +55,17 @@ class Recorded:
 
     `f` returns tensors in tuples or dictionaries; they are overwritten by the next call."""
     def __init__(self, f: Callable[..., Any], warm: int = 3):
-        self.f, self.warm, self.calls, self.graph = f, warm, 0, None
+        self.f, self.warm, self.calls, self.graph, self.refused = f, warm, 0, None, False
     def __call__(self, *x: Tensor) -> Any:
-        if x[0].device.type != "cuda": return self.f(*x)
+        if x[0].device.type != "cuda" or self.refused: return self.f(*x)
         self.calls += 1
         if self.calls <= self.warm: return self.aside(*x)
-        if self.graph is None: self.record(*x)
+        if self.graph is None:
+            try: self.record(*x)
+            except RuntimeError as e:                    # some operations ask in places that Python does not see
+                self.graph, self.refused = None, True; forget()
+                warnings.warn(f"This cannot be recorded on this GPU and goes on as plain calls: {str(e).splitlines()[0]}")
+                return self.f(*x)
         for mine, new in zip(self.inputs, x): mine.copy_(new)
         self.graph.replay(); forget()
         return self.outputs
@@ -71,10 +77,10 @@ class Recorded:
         here.wait_stream(other)
         return out
     def record(self, *x: Tensor) -> None:
-        self.inputs, self.graph = [a.clone() for a in x], torch.cuda.CUDAGraph()
+        self.inputs, graph = [a.clone() for a in x], torch.cuda.CUDAGraph()
         forget()                         # so that making the copies is part of the recording
-        with torch.cuda.graph(self.graph): self.outputs = self.f(*self.inputs)
-        forget()
+        with torch.cuda.graph(graph): self.outputs = self.f(*self.inputs)
+        self.graph = graph; forget()
 
 def forget() -> None:
     for f in stale: f()

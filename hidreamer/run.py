@@ -397,7 +397,7 @@ def write_checkpoint(path: Path, model: dict[str, Tensor], training: dict, repla
 
 # %% ../nbs/01_run.ipynb #cell-020
 # config fields that may change when a run is resumed
-FREE = ("run", "device", "precision", "threads", "max_minutes", "save_every", "episodes")
+FREE = ("run", "device", "precision", "threads", "record", "compile", "max_minutes", "save_every", "episodes")
 _held = {}   # folder -> open lock file: the folders that this process trains in
 
 def alive(owner: dict) -> bool:

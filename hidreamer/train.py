@@ -11,6 +11,7 @@ __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cp
 # %% ../nbs/60_train.ipynb #cell-003
 import json
 import math
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,8 +37,8 @@ from .evaluate.rollouts import rollout_error
 from .evaluate.scores import HELD_OUT_SEED, evaluate, scores_json
 from .nets.levels import LevelsConfig
 from .nets.transformer import TransformerConfig
-from .run import (Checkpoint, Run, Stop, check_finite, enough_memory, packed, plain, provenance, restore_rng, rng_state, unpacked,
-                           write_atomic)
+from .run import (Checkpoint, Run, Stop, check_finite, enough_memory, explained, file_hash, packed, plain, provenance, restore_rng,
+                           rng_state, unpacked, write_atomic)
 from .tokens.tokenizer import TokenizerConfig
 from .worlds.base import WorldModel
 from .worlds.hdreamer import HDreamer, HDreamerConfig
@@ -266,6 +267,7 @@ class Trainer:
 
     def save(self, training: dict | None = None):
         began = time.time()
+        if self.device.type != "cpu": self.check_logs()
         score = float(np.mean(self.recent)) if len(self.recent) >= 20 else None
         self.run.save(self.clock["steps"], dict(self.agent.state_dict()), training or self.training(), self.replay, score)
         self.saving = time.time() - began
@@ -277,7 +279,7 @@ class Trainer:
         try:
             self.check_training(t)
             self.optimizer.load_state_dict(t["optimizer"]); self.learner.load_state_dict(t["learner"])
-            for g in self.optimizer.param_groups: g["capturable"] = self.device.type == "cuda"         # a property of this machine
+            for g in self.optimizer.param_groups: g.update(capturable=self.device.type == "cuda", fused=self.device.type in ("cpu", "cuda"))
             self.clock |= dict(until=t["clock"]["steps"]) | t["clock"]
             self.recent, self.seconds, self.collector.steps = t["recent"], t["seconds"], self.clock["steps"]
             if "games" in t: self.put_back(t)
@@ -334,7 +336,7 @@ class Trainer:
         try:
             with enough_memory(LOWER.get(stage, "--envs")): yield
         except RuntimeError as e:
-            if "probability tensor" not in str(e): raise
+            if not any(said in str(e) for said in ("probability tensor", "device-side assert")): raise
             check_finite(torch.tensor(math.nan), {f"{stage}/probabilities of actions": math.nan}, self.clock["steps"])
         self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - began
 
@@ -345,12 +347,17 @@ class Trainer:
             total, n = self.logs.get(f"{stage}/{k}", (0., 0))
             self.logs[f"{stage}/{k}"] = total + v, n + 1
 
+    def check_logs(self) -> dict[str, float]:
+        "Means of what was logged since the last row; raises if they are not finite. On a GPU this is the first look at them."
+        row = {k: float(total) / n for k, (total, n) in self.logs.items()}
+        check_finite(torch.tensor(sum(map(abs, row.values()))), row, self.clock["steps"])
+        return row
+
     def flush(self):
         "Write a row, unless nothing happened since the last one."
         now = [self.clock[k] for k in ("steps", "updates", "dream")]
         if now == self.row: return
-        row = {k: float(total) / n for k, (total, n) in self.logs.items()}
-        check_finite(torch.tensor(sum(map(abs, row.values()))), row, self.clock["steps"])      # on a GPU, the first look at them
+        row = self.check_logs()
         if self.recent: row["score/recent"] = float(np.mean(self.recent))
         if self.envs.restarts: row["env/restarts"] = self.envs.restarts
         self.run.log(self.clock["steps"], row | {f"time/{k}": v for k, v in self.seconds.items()})
@@ -396,7 +403,7 @@ class Trainer:
         self.world.after_update()
 
     def sample(self, batch: int, length: int) -> Segment: return self.replay.sample(batch, length).to(self.device)
-    def parts(self, seg: Segment) -> list[Tensor]: return list(vars(seg).values())
+    def tensors_of(self, seg: Segment) -> list[Tensor]: return list(vars(seg).values())
     def recorded(self) -> bool:
         "May updates and dreams be played back, from here on?"
         return self.cfg.record and self.world.steady and not self.world.learn_tokens
@@ -416,8 +423,8 @@ class Trainer:
         cfg = self.cfg
         with self.timed("world"):
             self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
-            self.rates(self.clock["world"] / self.frames(cfg.steps))
-            logs = (self.world_update if self.recorded() else self.update_from)(*self.parts(self.sample(cfg.batch, cfg.length)))
+            self.rates(self.clock["world"] / self.frames_due(cfg.steps))
+            logs = (self.world_update if self.recorded() else self.update_from)(*self.tensors_of(self.sample(cfg.batch, cfg.length)))
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
 
@@ -435,7 +442,7 @@ class Trainer:
             starts = self.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
-            logs = (self.dream_update if play_back else self.dream_from)(*self.parts(self.sample(n, cfg.dream_context)))
+            logs = (self.dream_update if play_back else self.dream_from)(*self.tensors_of(self.sample(n, cfg.dream_context)))
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)
@@ -449,7 +456,7 @@ class Trainer:
         return self.learner.learn(rollout) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
-    def frames(self, steps: int) -> float:
+    def frames_due(self, steps: int) -> float:
         "How many frames the world has learned from after `steps` steps of the game."
         return self.cfg.world_warm_up * self.cfg.batch * self.cfg.length + steps * self.cfg.replay_ratio
 
@@ -460,7 +467,7 @@ class Trainer:
             while c["steps"] < c["until"]: self.play(); yield "collect"
             if c["steps"] >= cfg.random_steps:
                 while c["warm"] < cfg.warm_up: self.warm_up(); yield "tokens"
-                while c["world"] < self.frames(c["steps"]): self.learn_world(); yield "world"
+                while c["world"] < self.frames_due(c["steps"]): self.learn_world(); yield "world"
                 while c["dream"] < c["steps"] * cfg.dream_ratio: self.learn_behaviour(); yield "behaviour"
             self.flush()
             if c["steps"] >= cfg.steps: return
@@ -471,7 +478,7 @@ class Trainer:
         cfg, c = self.cfg, self.clock
         per = cfg.batch * cfg.length, cfg.dream_batch * cfg.horizon
         done = c["warm"] + c["world"] / per[0] + c["dream"] / per[1] * 5
-        return int(done), int(cfg.warm_up + self.frames(cfg.steps) / per[0] + cfg.steps * cfg.dream_ratio / per[1] * 5)
+        return int(done), int(cfg.warm_up + self.frames_due(cfg.steps) / per[0] + cfg.steps * cfg.dream_ratio / per[1] * 5)
 
     def late(self) -> bool:
         "Is the time over that `max_minutes` allows, but for what another unit of work and a checkpoint may take?"
@@ -563,9 +570,10 @@ def check_optimizer(own: torch.optim.Optimizer, kept: dict) -> None:
     """Raise `ValueError` unless `kept` is a state of `own`.
 
     PyTorch does not ask, and a fused step reads and writes as many numbers as the weights have, whatever is there."""
+    machine = ("lr", "fused", "capturable", "foreach")              # differ between devices, or are set anyway
     groups, mine, state = kept["param_groups"], own.state_dict()["param_groups"], kept["state"]
     weights = [p for g in own.param_groups for p in g["params"]]
-    same = len(groups) == len(mine) and all(m[k] == g.get(k, m[k]) for m, g in zip(mine, groups) for k in m if k != "lr")
+    same = len(groups) == len(mine) and all(m[k] == g.get(k, m[k]) for m, g in zip(mine, groups) for k in m if k not in machine)
     if not same: raise ValueError("an optimiser of other settings")
     fits([m["lr"] for m in mine], [g["lr"] for g in groups], "lr")
     for i, s in state.items():
@@ -673,7 +681,10 @@ def publish(run: str | Path, out: str | Path | None = None) -> Path:
     weights = {k: (v.bfloat16() if small(k, v) else v).contiguous() for k, v in last.model().items()}
     about = dict(config=cfg.to_dict() | dict(run=""), step=last.step, minutes=last.training()["clock"]["minutes"], **provenance())
     path = Path(out) if out else r.path/f"{cfg.env}-{cfg.world}-{cfg.seed}.safetensors"
-    write_atomic(path, safetensors.torch.save(weights, {"hidreamer": json.dumps(about)}))
+    check(path.suffix == ".safetensors", "out", str(path), "must end in .safetensors")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, safetensors.torch.save(weights, {"hidreamer": json.dumps(about)}))
     return path
 
 def folder_of(run: str | Path) -> Path:
@@ -688,6 +699,12 @@ def folder_of(run: str | Path) -> Path:
         config, step, minutes = TrainConfig.from_dict(about["config"]).check().to_dict() | dict(run=""), int(about["step"]), float(about["minutes"])
     except (KeyError, TypeError, ValueError, OSError, safetensors.SafetensorError) as e:
         raise HidreamerError(f"run={str(run)!r}: is no intact file from `hidreamer publish` ({type(e).__name__}: {str(e)[:120]}).") from e
-    with Run(folder, config, tensorboard=False) as made:                 # raises if another run is there
-        if made.latest() is None: made.save(step, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, dict(clock=dict(minutes=minutes)))
+    mark, mine = folder/"published", file_hash(run)
+    if folder.exists():
+        check(mark.exists(), "run", str(run), f"would be unpacked into {folder}, where something else is", "Rename or move the file.")
+        if mark.read_text() == mine: return folder
+        shutil.rmtree(folder)                            # unpacked from an earlier file of this name
+    with Run(folder, config, tensorboard=False) as made:
+        made.save(step, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, dict(clock=dict(minutes=minutes)))
+    mark.write_text(mine)
     return folder

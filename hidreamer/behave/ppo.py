@@ -170,6 +170,6 @@ class PPO:
     def load_state_dict(self, d: dict):
         "Go on exactly where `state_dict` was taken; the policy's own weights are loaded apart."
         check(d["updates"] >= 0, "ppo.updates", d["updates"], "must not be negative")
-        here = [g["capturable"] for g in self.optimizer.param_groups]
+        here = [dict(capturable=g["capturable"], fused=g["fused"]) for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(d["optimizer"]); self.range.fill_(d["range"]); self.updates.fill_(d["updates"])
-        for g, value in zip(self.optimizer.param_groups, here): g["capturable"] = value           # a property of this machine
+        for g, own in zip(self.optimizer.param_groups, here): g.update(own)                        # properties of this machine

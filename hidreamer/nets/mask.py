@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from ..core import check, typed
+from ..device import at_home
 
 # %% ../../nbs/30_nets.mask.ipynb #cell-006
 RULES = ("strict", "original", "causal")
@@ -108,9 +109,8 @@ class _Blocked(torch.autograd.Function):
         return *(x.view(ctx.dims) for x in (dq.mul_(q.shape[-1] ** -.5), dk, dv)), *[None] * 5
 
 # %% ../../nbs/30_nets.mask.ipynb #cell-023
-def block_size(steps: int, rule: str, context: int | None, device: torch.device, dtype: torch.dtype) -> int:
+def block_size(steps: int, rule: str, context: int | None, dtype: torch.dtype) -> int:
     "Steps per block; 0 = dense. What was fastest on a CPU with avx512_bf16, torch 2.13, 4 slots a step, head width 64."
-    if device.type != "cpu": return 0
     if context == 1: return min(steps, 4)
     if dtype == torch.bfloat16: return steps if steps <= 24 else 16
     return 0 if steps < (48 if rule == "strict" else 96) else 8 if rule == "strict" else 16
@@ -125,7 +125,7 @@ def hierarchical_attention(q: Float[Tensor, "b heads n hd"], k: Float[Tensor, "b
     "`scaled_dot_product_attention` under `hierarchical_mask`, without computing most of what the mask would throw away."
     s = sum(slots) + 1
     check(q.shape[2] == steps * s, "q.shape[2]", q.shape[2], f"must be steps x slots = {steps} x {s}")
-    if size is None: size = block_size(steps, rule, context, q.device, q.dtype)
+    if size is None: size = block_size(steps, rule, context, q.dtype) if at_home(q) else 0
     if size: return _Blocked.apply(q, k, v, tuple(slots), steps, rule, context, size)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense(tuple(slots), steps, rule, context, q.device))
 

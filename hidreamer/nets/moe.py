@@ -161,7 +161,7 @@ class MoE(nn.Module):
     @torch.no_grad()
     def balance(self) -> None:
         "Once per optimiser step: experts below the mean load become a little more attractive, those above a little less."
-        total = self.counts.sum()
+        total, self.aux_loss = self.counts.sum(), self.aux_loss.detach()       # its graph is not needed any more
         self.bias += self.nudge * (total / self.experts - self.counts).sign()
         self.load.copy_(torch.where(total > 0, self.counts / total.clamp(min=1), self.load)); self.counts.zero_()
 

@@ -7,6 +7,7 @@ __all__ = ['TransformerConfig', 'indices', 'Cache', 'visible', 'rope', 'rotate',
            'Transformer']
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-003
+import functools
 from dataclasses import dataclass
 from functools import lru_cache
 import torch
@@ -55,7 +56,7 @@ class TransformerConfig(Config):
     def context_of(self, layer: int) -> int: return self.context if (layer + 1) % self.time_every == 0 else 1
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-009
-@lru_cache(maxsize=256)
+@functools.cache
 @torch.inference_mode(False)
 def indices(x: tuple[int, ...], device) -> Int[Tensor, "n"]:
     "As a tensor, kept: to hand numbers to a GPU takes longer than to use them."
@@ -141,10 +142,15 @@ def visible(cache: Cache, window: int, acting: bool) -> Float[Tensor, "b 1 q n"]
     return bias
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-012
-@lru_cache(maxsize=4096)
-@torch.inference_mode(False)
 def rope(step: int, steps: int, hd: int, device) -> tuple[Tensor, Tensor]:
     "Cosines and sines (steps hd/2) for environment steps `step`, `step + 1`, ... Source: RoFormer (Su et al. 2021), eq. 15."
+    return _kept_rope(step, steps, hd, device) if step < 1024 else _rope(step, steps, hd, device)
+
+@functools.cache         # never dropped: a recording may read them
+def _kept_rope(*which): return _rope(*which)
+
+@torch.inference_mode(False)
+def _rope(step, steps, hd, device):
     freq = 1000. ** (-torch.arange(0, hd, 2, dtype=torch.float64) / hd)
     angle = torch.arange(step, step + steps, dtype=torch.float64)[:, None] * freq   # float64: steps may run into the millions
     return angle.cos().float().to(device), angle.sin().float().to(device)

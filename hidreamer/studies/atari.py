@@ -58,8 +58,9 @@ def reader_and_games(game: str, frames: int) -> tuple[Reader, list]:
 def points(run: str | Path, per: int = 10_000) -> list[list[int]]:
     "Points (or other rewards) won and lost in every `per` steps that a run has played."
     c = Run(run).checkpoint(); replay = Replay.load(c.replay_path or c.path)
-    kept = sorted(replay.chunks); rows = replay.rows - kept[0] * replay.chunk_rows
-    rewards = torch.cat([replay.chunks[k].data["rewards"] for k in kept], 1)[:, :rows]
+    check(not replay.oldest, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")
+    check(per >= replay.num_envs, "per", per, f"must be at least the number of games, {replay.num_envs}")
+    rewards = torch.cat([replay.chunks[k].data["rewards"] for k in sorted(replay.chunks)], 1)[:, :replay.rows]
     return [[int((x > 0).sum()), int((x < 0).sum())] for x in rewards.split(per // replay.num_envs, 1)]
 
 def look(run: str | Path, reader: Reader, episodes: list, temperatures: list[float], starts: int = 512, seed: int = 0) -> dict:
@@ -180,7 +181,8 @@ def for_sb3(envs):
         def step_async(self, actions): self.chosen = actions
         def step_wait(self):
             obs, rewards, terminated, truncated, _ = envs.step(self.chosen)
-            return obs, np.sign(rewards), terminated | truncated, [dict(terminal_observation=o) for o in obs]
+            infos = [{"terminal_observation": o, "TimeLimit.truncated": bool(cut)} for o, cut in zip(obs, truncated & ~terminated)]
+            return obs, np.sign(rewards), terminated | truncated, infos
         def close(self): envs.close()
         def get_attr(self, name, indices=None): return [getattr(envs, name, None)] * self.num_envs
         def set_attr(self, name, value, indices=None): raise NotImplementedError("the environments' settings are fixed")
@@ -204,7 +206,7 @@ def model_free(game: str, seed: int, at: list[int], tell: Callable[[dict], None]
     cfg, left, began = EnvConfig(size=84, grey=True, stack=4), sorted(at), time.time()
     class Judge(BaseCallback):
         def _on_step(self): bar.update(self.model.n_envs); return True
-        def _on_rollout_end(self):
+        def _on_rollout_start(self):                     # after the update that the last steps were for
             while left and self.num_timesteps >= left[0]:
                 s = evaluate(Sb3Agent(self.model), game, episodes, seed, cfg=cfg)
                 tell(dict(game=game, seed=seed, at=left.pop(0), trained_steps=self.num_timesteps, wall_time=time.time() - began) | s.to_dict())
@@ -213,7 +215,8 @@ def model_free(game: str, seed: int, at: list[int], tell: Callable[[dict], None]
         model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, learning_rate=lambda share: 2.5e-4 * share,
                     clip_range=lambda share: .1 * share, vf_coef=.5, ent_coef=.01, seed=seed, device="auto")
         with tqdm(total=max(at), desc=f"PPO {game}, seed {seed}", unit="step") as bar:
-            model.learn(max(at), callback=Judge())
+            model.learn(max(at), callback=(judge := Judge()))
+            judge.on_rollout_start()
     finally: envs.close()
 
 def compare_model_free(games: list[str], seeds: list[int], at: list[int], out: Path, episodes: int = 100, command: str = "") -> dict:

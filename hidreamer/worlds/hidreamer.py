@@ -133,7 +133,7 @@ def draw(logits: Float[Tensor, "... c"], temperature: float, block: int = 16) ->
     """One sample from each row of logits, by inverting its cumulative distribution: one random number a row.
 
     In two stages, first a block of codes, then a code inside it: cumulative sums over 16 numbers are several times faster than over 256.
-    Probabilities have the precision of `logits`; they are added up in float32."""
+    Probabilities, and their sums over blocks, have the precision of `logits`; what is added up further is float32."""
     with torch.autocast(logits.device.type, enabled=False): p = (logits / temperature).softmax(-1)
     if missing := -p.shape[-1] % block: p = F.pad(p, (0, missing))
     p = p.unflatten(-1, (-1, block))
@@ -166,7 +166,8 @@ class HiDreamer(WorldModel):
         self.feature_dim = width + self.fine ** 2 * cfg.code_dim
         self.learn_tokens = True
 
-    steady = True
+    @property
+    def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
     def parts_to_compile(self): return [m for m in self.head.modules() if isinstance(m, LocalBlock)]
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
