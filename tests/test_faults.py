@@ -238,7 +238,7 @@ def test_nan(tmp_path, truth, monkeypatch, what):
         else:
             kind = training.LEARNERS["ppo"][1]
             def bad(f, args): return f(*args) | dict(critic=float("nan"))
-            m.setattr(kind, "update", kind.update); at_call(kind, ("update",), 3, bad)
+            m.setattr(kind, "learn", kind.learn); at_call(kind, ("learn",), 3, bad)
         with pytest.raises(HidreamerError, match="reward=nan" if what == "world" else "policy/critic=nan"): learn(cfg)
     last = Run(cfg.folder).latest()
     assert last is None or all(torch.isfinite(v).all() for v in last.model().values() if v.is_floating_point())

@@ -18,7 +18,7 @@ settings = configparser.ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 
-OPTIONAL = {"beartype", "imageio_ffmpeg", "minari", "vector_quantize_pytorch"}   # imported where wanted, with a plain message or a skip
+OPTIONAL = {"beartype", "imageio_ffmpeg", "minari", "stable_baselines3", "vector_quantize_pytorch"}   # imported where wanted, with a plain message or a skip
 
 
 def names(requirements: str) -> set[str]:
