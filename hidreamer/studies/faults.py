@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['KINDS', 'FILES', 'FAULTS', 'KILLS', 'BOMBS', 'VALUES', 'YAML', 'ABSURD', 'CRIMES', 'HOW', 'Rooms', 'short_run',
            'learn', 'run_folders', 'outcome', 'store', 'half_lines', 'at_call', 'die', 'full', 'broken', 'no_memory',
-           'spoil', 'spoil_loss', 'starve', 'live', 'wait', 'damage_newest', 'intact', 'in_evaluation', 'one_fault',
-           'disturbed', 'chaos', 'mutate', 'mutate_zip', 'mutate_json', 'mutate_lines', 'text_bombs', 'mutate_text',
-           'flat_checkpoint', 'strange', 'mutate_state', 'Resumed', 'corpus', 'watch', 'try_one', 'batch', 'fuzz_one',
-           'fuzz', 'MallInfo', 'in_use', 'Watched', 'slope', 'memory', 'main', 'table', 'fuzz_table']
+           'spoil', 'spoil_loss', 'starve', 'fork', 'live', 'wait', 'damage_newest', 'intact', 'in_evaluation',
+           'one_fault', 'disturbed', 'chaos', 'mutate', 'mutate_zip', 'mutate_json', 'mutate_lines', 'text_bombs',
+           'mutate_text', 'flat_checkpoint', 'strange', 'mutate_state', 'Resumed', 'corpus', 'watch', 'try_one',
+           'batch', 'fuzz_one', 'fuzz', 'MallInfo', 'in_use', 'Watched', 'slope', 'memory', 'main', 'table',
+           'fuzz_table']
 
 # %% ../../nbs/74_studies.faults.ipynb #f34d4c96
 import argparse
 import ctypes
 import errno
+import gc
 import hashlib
 import io
 import json
@@ -145,11 +147,18 @@ FAULTS = {      # name -> (what is armed in the process, the seconds after which
     "NaN in the loss": (lambda cfg, rng: spoil_loss(cfg, rng.randint(1, 5)), None),
     "out of memory": (lambda cfg, rng: starve(cfg, rng.randint(1, 10)), None)}
 
+def fork() -> int:
+    "`os.fork`, but the child never collects what it inherited: emulators' threads stayed behind, and freeing an emulator waits for them."
+    gc.collect()
+    if pid := os.fork(): return pid
+    gc.freeze()
+    return 0
+
 def live(cfg: TrainConfig | Rooms, arm: Callable | None, rng: random.Random) -> int:
     """Fork a process that trains (and evaluates, if `episodes` is not 7); returns its number.
 
     It ends with status 0, 130 for a signal, 2 for an explained error, 1 for any other."""
-    if pid := os.fork(): return pid
+    if pid := fork(): return pid
     status = 1
     log = open(f"{cfg.run}.log", "a")      # noqa: SIM115 (the process ends with it)
     try:
@@ -483,7 +492,7 @@ def fuzz_one(name: str, home: Path, n: int, seed: int, limit: float = 10.) -> di
     start, dead, hung = 0, [], []
     while start < n:
         board[:3] = 0, start, int(time.time())
-        if not (pid := os.fork()):
+        if not (pid := fork()):
             with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with suppress(BaseException): batch(name, home, range(start, n), board, seed)
