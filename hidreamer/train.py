@@ -81,6 +81,7 @@ class TrainConfig(Config):
     dream_context: int = 8          # real frames before a dream
     dream_repeat: int = 4           # dreams from the same context
     horizon: int = 15               # imagined steps per dream
+    near_rewards: float = 0.        # share of segments with a reward, and of dreams that begin within two horizons before one: half gains, half losses
     lr: float = 1e-3                # AdamW, world
     tokens_lr: float = 2e-3         # AdamW, tokenizer
     beta2: float = 0.98             # AdamW
@@ -110,8 +111,8 @@ class TrainConfig(Config):
         for name in ("warm_up", "world_warm_up", "tokens_until", "replay_ratio", "dream_ratio", "max_minutes", "threads", "seed", "weight_decay"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
+        for name in ("near_rewards", "lr_end"): check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         check(0 <= self.beta2 < 1, "beta2", self.beta2, "must be in [0, 1)")
-        check(0 <= self.lr_end <= 1, "lr_end", self.lr_end, "must be in [0, 1]")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -402,7 +403,8 @@ class Trainer:
         self.optimizer.step()
         self.world.after_update()
 
-    def sample(self, batch: int, length: int) -> Segment: return self.replay.sample(batch, length).to(self.device)
+    def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
+        return self.replay.sample(batch, length, near_rewards=near_rewards, lead=lead).to(self.device)
     def tensors_of(self, seg: Segment) -> list[Tensor]: return list(vars(seg).values())
     def recorded(self) -> bool:
         "May updates and dreams be played back, from here on?"
@@ -424,7 +426,7 @@ class Trainer:
         with self.timed("world"):
             self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
             self.rates(self.clock["world"] / self.frames_due(cfg.steps))
-            logs = (self.world_update if self.recorded() else self.update_from)(*self.tensors_of(self.sample(cfg.batch, cfg.length)))
+            logs = (self.world_update if self.recorded() else self.update_from)(*self.tensors_of(self.sample(cfg.batch, cfg.length, cfg.near_rewards)))
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
 
@@ -442,7 +444,7 @@ class Trainer:
             starts = self.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
-            logs = (self.dream_update if play_back else self.dream_from)(*self.tensors_of(self.sample(n, cfg.dream_context)))
+            logs = (self.dream_update if play_back else self.dream_from)(*self.tensors_of(self.sample(n, cfg.dream_context, cfg.near_rewards, 2 * cfg.horizon)))
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)

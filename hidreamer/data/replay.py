@@ -76,11 +76,12 @@ class Replay:
         self.num_envs, self.shape, self.keep = num_envs, tuple(shape), capacity // num_envs     # rows kept
         self.chunk_rows = max(1, min(self.keep // 4, max(64, 1024 // num_envs)))
         self.rows, self.chunks = 0, {}                                  # rows ever added; chunk number -> Chunk
-        self._ends, self.near = (None, None), None                      # where segments may end; a second copy, see `keep_on`
+        self._ends, self.near = {}, None                                # where segments may end, by length; a second copy, see `keep_on`
         self._temporary = tempfile.TemporaryDirectory(prefix="hidreamer-replay-") if path is None else None
         self.path = Path(self._temporary.name if path is None else path)
         self._claim_folder(have)
         self.age = np.zeros((num_envs, self.keep), np.int32)            # steps since the episode began, a ring over rows
+        self.signs = np.zeros((num_envs, self.keep), np.int8)           # of the rewards, a ring too
 
     def _claim_folder(self, have: int):
         try:
@@ -137,12 +138,13 @@ def add(self: Replay,
     data = self._chunk(number).data
     for k, v in values.items(): data[k][:, row] = v.detach().to("cpu", FIELDS[k])
     if self.near is not None: self._copy(data, row, self.rows % self.keep, 1)
-    self._count(values["first"].cpu().numpy().astype(bool))
+    self._count(values["first"].cpu().numpy().astype(bool), values["rewards"].cpu().numpy())
 
 @patch
-def _count(self: Replay, first: np.ndarray):
+def _count(self: Replay, first: np.ndarray, rewards: np.ndarray):
     before = self.age[:, (self.rows - 1) % self.keep] if self.rows else -1
     self.age[:, self.rows % self.keep] = np.where(first, 0, before + 1)
+    self.signs[:, self.rows % self.keep] = np.sign(rewards)
     self.rows += 1
 
 # %% ../../nbs/11_data.replay.ipynb #cell-011
@@ -161,26 +163,43 @@ def _empty(self: Replay, batch: int, length: int) -> dict[str, Tensor]:
     return {k: torch.empty(batch, length, *(self.shape if k == "frames" else ()), dtype=d) for k, d in FIELDS.items()}
 
 @patch
-def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None) -> Segment:
-    "`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU, or where `keep_on` says."
+def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]]:
+    "Ends (environment and row in one number) that segments may have: all of them; those near gains; those near losses."
+    ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
+    ok = ages >= length - 1
+    ok[:, :length - 1] = False                  # a stretch that ends here would begin before the oldest row
+    check(ok.any(), "length", length, f"is longer than every episode so far; the longest has {ages.max() + 1} steps",
+          "Use shorter segments or collect more steps.")
+    signs, w, gain, loss = self.signs[:, np.arange(self.oldest, self.rows) % self.keep], ok.shape[1], np.zeros_like(ok), np.zeros_like(ok)
+    for d in range(1 - length, 1) if lead is None else range(min(lead + 1, w)):           # the reward is d steps after the end, in the same episode
+        ends, then = (slice(max(0, -d), w - max(0, d)), slice(max(0, d), w + min(0, d)))
+        for near, sign in ((gain, 1), (loss, -1)): near[:, ends] |= (signs[:, then] == sign) & (ages[:, then] >= d)
+    return [torch.from_numpy(np.flatnonzero(x)) for x in (ok, ok & gain, ok & loss)]
+
+@patch
+def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None,
+           near_rewards: float = 0.,            # share of the segments that are drawn near a reward
+           lead: int | None = None) -> Segment: # near: the reward is inside; or, with a number, in the last step or at most `lead` steps later
+    """`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU, or where `keep_on` says.
+
+    Those near rewards are uniform over the stretches near a gain, and as many over those near a loss."""
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
+    check(0 <= near_rewards <= 1, "near_rewards", near_rewards, "must lie in [0, 1]")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
-    if self._ends[0] != (self.rows, length):
-        ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
-        ok = ages >= length - 1
-        ok[:, :length - 1] = False              # a stretch that ends here would begin before the oldest row
-        check(ok.any(), "length", length, f"is longer than every episode so far; the longest has {ages.max() + 1} steps",
-              "Use shorter segments or collect more steps.")
-        self._ends = (self.rows, length), np.flatnonzero(ok)
-        if self.near is not None: self._ends = self._ends[0], torch.from_numpy(self._ends[1]).to(self.near["first"].device)
-    ends, width = self._ends[1], self.rows - self.oldest
+    if (self.rows, length, lead) not in self._ends:
+        self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {(self.rows, length, lead): self._where(length, lead)}
+        if self.near is not None: self._ends[self.rows, length, lead] = [x.to(self.near["first"].device) for x in self._ends[self.rows, length, lead]]
+    every, *near = self._ends[self.rows, length, lead]
+    near, width = [x for x in near if len(x)], self.rows - self.oldest
+    some = round(near_rewards * batch / len(near)) if near else 0
+    pick = lambda x, n: x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
+    ends = torch.cat([pick(every, batch - some * len(near)), *(pick(x, some) for x in near if some)])
     if self.near is not None:
-        end = ends[torch.randint(len(ends), (batch, 1), generator=generator, device=ends.device)]
-        rows = (self.oldest + end % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
-        return Segment(**{k: v[end // width, rows] for k, v in self.near.items()})
+        rows = (self.oldest + ends[:, None] % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
+        return Segment(**{k: v[ends[:, None] // width, rows] for k, v in self.near.items()})
     out = self._empty(batch, length)
-    for i, end in enumerate(ends[torch.randint(len(ends), (batch,), generator=generator).numpy()]):
-        self._read(int(end) // width, self.oldest + int(end) % width - length + 1, {k: v[i] for k, v in out.items()})
+    for i, end in enumerate(ends.tolist()):
+        self._read(end // width, self.oldest + end % width - length + 1, {k: v[i] for k, v in out.items()})
     return Segment(**out)
 
 @patch
@@ -200,7 +219,7 @@ def episodes(self: Replay, whole: bool = True) -> list[Segment]:
 def keep_on(self: Replay, device: str | torch.device) -> Replay:
     "Keep a second copy of all steps in the memory of `device`, and `sample` there."
     self.near = {k: torch.zeros(self.num_envs, self.keep, *(self.shape if k == "frames" else ()), dtype=d, device=device) for k, d in FIELDS.items()}
-    self._ends, row = (None, None), self.oldest
+    self._ends, row = {}, self.oldest
     while row < self.rows:
         number, i = divmod(row, self.chunk_rows)
         n = min(self.chunk_rows - i, self.rows - row, self.keep - row % self.keep)
@@ -269,7 +288,7 @@ def _load(cls, path: str | Path, live: str | Path | None = None) -> Replay:
     self.rows = first * per
     while self.rows < rows:
         number, row = divmod(self.rows, per)
-        self._count(self.chunks[number].data["first"][:, row].numpy())
+        self._count(*(self.chunks[number].data[k][:, row].numpy() for k in ("first", "rewards")))
     return self
 Replay.load = classmethod(_load)
 
