@@ -145,8 +145,7 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    model = replace(model, halves=model.tokens.levels, temperature=.5, tokens=replace(model.tokens, cell_weight=5.),
-                    transformer=replace(model.transformer, mlp=2.))
+    model = replace(model, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2.))
     return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
                        episodes=100, model=model)
 
@@ -156,7 +155,8 @@ def atari100k() -> TrainConfig:
     return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=10_000, batch=32, length=32,
                        replay_ratio=64., dream_ratio=256., dream_batch=1024, dream_context=16, lr=3e-4, tokens_lr=1e-3, episodes=100, save_every=10_000,
                        ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, target_kl=0.),
-                       model=HiDreamerConfig(tokens=TokenizerConfig(cell_weight=5.), temperature=.5, transformer=net, head_width=96, head_blocks=3))
+                       model=HiDreamerConfig(tokens=TokenizerConfig(cell_weight=5.), temperature=.5, transformer=net, head_width=96, head_blocks=3,
+                                             halves=3, changes=24))
 
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."
@@ -167,11 +167,11 @@ def debug() -> TrainConfig:
 
 def small() -> HiDreamerConfig:
     "A world for CPUs: five million parameters, three levels of 64 codes."
-    return HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2), transformer=TransformerConfig(layers=3, experts=(1, 2, 4)))
+    return HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2), transformer=TransformerConfig(layers=3, experts=(1, 2, 4)), halves=3, changes=24)
 
 def tiny() -> HiDreamerConfig:
     "A world for tests."
-    return HiDreamerConfig(tokens=TokenizerConfig(depth=4, blocks=1, dim=16, codes=32), code_dim=8, place_dim=4, head_width=16, head_blocks=1,
+    return HiDreamerConfig(tokens=TokenizerConfig(depth=4, blocks=1, dim=16, codes=32), code_dim=8, place_dim=4, head_width=16, head_blocks=1, changes=24,
                            transformer=TransformerConfig(width=32, layers=2, heads=2, experts=(1, 2), context=8))
 
 PRESETS = dict(quick=quick, cpu=cpu, atari100k=atari100k, debug=debug)

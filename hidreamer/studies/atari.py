@@ -77,8 +77,8 @@ def look(run: str | Path, reader: Reader, episodes: list, temperatures: list[flo
 # %% ../../nbs/75_studies.atari.ipynb #atari008
 ARMS = {
     "as it is": {},
-    "only what changes": dict(changes=16, halves=0),
-    "only what changes, chessboard": dict(changes=16),
+    "every place": dict(changes=0),
+    "16 places": dict(changes=16),
     "no chessboard": dict(halves=0),
     "L0 alone on the chessboard": dict(halves=1),
     "original mask": dict(rule="original"),
