@@ -28,7 +28,7 @@ from ..data.envs import RAM, EnvConfig, game_id, make_envs
 from ..data.replay import Replay
 from ..evaluate.scores import evaluate
 from ..run import Run, provenance, write_atomic
-from ..train import load_world
+from ..train import load_world, preset
 from ..worlds.hidreamer import HiDreamer, HiDreamerConfig, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
@@ -152,13 +152,18 @@ def speeds(base: HiDreamer, arms: list[str], batch: int = 128, budget: float = 2
     with torch.no_grad(), autocast(device): return {k: quartiles(v) for k, v in paired(steps, device, repeats=7, budget=budget).items()}
 
 def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1500, frames: int = 40_000, batch: int = 8, length: int = 16,
-           lr: float = 1e-3, asked: int = 6_000, command: str = "") -> dict:
-    "Every arm from every seed, on the codes of one run's tokenizer and the same batches; what `out` holds already is not done again."
+           lr: float = 1e-3, asked: int = 6_000, design: str = "", command: str = "") -> dict:
+    """Every arm from every seed, on the codes of one run's tokenizer and the same batches; what `out` holds already is not done again.
+
+    An arm differs in one part from `design`: the world of that preset, with the run's tokenizer; empty: the run's own world."""
     keep_memory(); base = trained(run); game = Run(run).config["env"]
+    if design:
+        other = HiDreamer(replace(preset(design).model, tokens=base.cfg.tokens), base.actions)
+        other.tokenizer.load_state_dict(base.tokenizer.state_dict()); base = other.eval()
     for arm in arms: changed(base.cfg, arm)
     for name, value, least in (("updates", updates, 1), ("frames", frames, 10 * length), ("asked", asked, 1000), ("seeds", min(seeds), 0)):
         check(value >= least, name, value, f"must be at least {least}")
-    settings = dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, updates=updates, batch=batch, length=length, lr=lr, frames=frames,
+    settings = dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr, frames=frames,
                     asked=asked)
     report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
     check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
@@ -264,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
     b = kinds.add_parser("ablate", help="the same codes and batches for other designs"); b.add_argument("run", type=Path)
     b.add_argument("--arms", nargs="+", default=list(ARMS)); b.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     b.add_argument("--updates", type=int, default=1500); b.add_argument("--frames", type=int, default=40_000)
+    b.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
     for k in (a, b):
         k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
         k.add_argument("--out", type=Path, required=True)
@@ -274,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
     if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
-    else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, command=command)
+    else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013
 #| eval: false
