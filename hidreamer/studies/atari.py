@@ -163,8 +163,8 @@ def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, update
     for arm in arms: changed(base.cfg, arm)
     for name, value, least in (("updates", updates, 1), ("frames", frames, 10 * length), ("asked", asked, 1000), ("seeds", min(seeds), 0)):
         check(value >= least, name, value, f"must be at least {least}")
-    settings = dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr, frames=frames,
-                    asked=asked)
+    settings = dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr,
+                    frames=frames, asked=asked)
     report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
     check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
