@@ -301,12 +301,14 @@ class HiDreamer(WorldModel):
         if not self.cfg.changes: return self.taught(x, new), y, aux
         new_codes, old_codes = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
         changed = self.changed(new_codes, old_codes)
-        p, out = self.head.gate(x, changed)[0].double().sigmoid()[..., None], []             # that a place changes, given the levels so far
+        gate, out = self.head.gate(x, changed)[0][..., None], []
+        moves, stays = gate.sigmoid(), (-gate).sigmoid()                                     # of a place, given the levels so far
         for z, c, old in zip(self.taught(self.head.settle(x, now, changed), new, changed), new_codes.split(self.sizes, -1), old_codes.split(self.sizes, -1)):
-            said = torch.where(changed[..., None], z, 0.).double().softmax(-1) * p           # what stays was told its code: the head may not be asked
-            both = said.scatter_add(-1, old[..., None], 1 - p)
-            p = said.gather(-1, c[..., None]) / both.gather(-1, c[..., None]).clamp(min=1e-30)
-            out.append(both.clamp(min=1e-30).log().float())
+            said = torch.where(changed[..., None], z, 0.).softmax(-1) * moves                # what stays was told its code: the head may not be asked
+            both, c, old = said.scatter_add(-1, old[..., None], stays), c[..., None], old[..., None]
+            whole = both.gather(-1, c).clamp(min=1e-30)
+            moves, stays = said.gather(-1, c) / whole, stays * (c == old) / whole
+            out.append(both.clamp(min=1e-30).log())
         return out, y, aux
 
     def changed(self, new: Int[Tensor, "b n"], old: Int[Tensor, "b n"]) -> Bool[Tensor, "b k"]:
