@@ -95,21 +95,31 @@ class Segment:
     rewards: Float[Tensor, "b t"]        # outcome of `actions[t]`
     terminated: Bool[Tensor, "b t"]      # did `actions[t]` end the episode (not by a time limit)
     first: Bool[Tensor, "b t"]           # does `frames[t]` begin an episode
+    codes: Int[Tensor, "b t n"] | None = None   # of `frames`, where a tokenizer that learns no more has made them already
 
     def __post_init__(self):
         lead = tuple(self.frames.shape[:2])
-        for name in ("actions", "rewards", "terminated", "first"):
-            shape = tuple(getattr(self, name).shape)
+        for name in ("actions", "rewards", "terminated", "first", "codes"):
+            if name == "codes" and self.codes is None: continue
+            shape = tuple(getattr(self, name).shape[:2] if name == "codes" else getattr(self, name).shape)
             check(shape == lead, f"segment.{name}.shape", shape, f"must be (batch, time) = {lead}, as in frames")
 
     @property
     def batch(self) -> int: return self.frames.shape[0]
     @property
     def time(self) -> int: return self.frames.shape[1]
+    @property
+    def parts(self) -> list[Tensor]:
+        "All that it holds; `Segment(*parts)` is the same again."
+        return [x for x in vars(self).values() if x is not None]
+    @staticmethod
+    def join(segments: "list[Segment]") -> "Segment":
+        "One after the other along the batch."
+        return Segment(*map(torch.cat, zip(*(s.parts for s in segments))))
 
     def map(self, f) -> "Segment":
         "A segment with `f` applied to every tensor."
-        return Segment(*(f(getattr(self, x.name)) for x in fields(self)))
+        return Segment(*map(f, self.parts))
     def to(self, device) -> "Segment": return self.map(lambda x: x.to(device, non_blocking=True))
     def __getitem__(self, i) -> "Segment":
         "Slice batch and time: `seg[:4, 2:6]`. Both axes are kept, so use slices, not integers."

@@ -404,8 +404,11 @@ class Trainer:
         self.world.after_update()
 
     def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
+        "Segments, with their codes once the tokenizer learns no more."
+        if self.world.coder and not self.replay.coder: self.replay.remember(self.codes)
         return self.replay.sample(batch, length, near_rewards=near_rewards, lead=lead).to(self.device)
-    def tensors_of(self, seg: Segment) -> list[Tensor]: return list(vars(seg).values())
+    def codes(self, frames: Tensor) -> Tensor:
+        with evaluating(self.world), autocast(self.device, self.cfg.precision): return self.world.coder(frames.to(self.device))
     def recorded(self) -> bool:
         "May updates and dreams be played back, from here on?"
         return self.cfg.record and self.world.steady and not self.world.learn_tokens
@@ -426,7 +429,7 @@ class Trainer:
         with self.timed("world"):
             self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
             self.rates(self.clock["world"] / self.frames_due(cfg.steps))
-            logs = (self.world_update if self.recorded() else self.update_from)(*self.tensors_of(self.sample(cfg.batch, cfg.length, cfg.near_rewards)))
+            logs = (self.world_update if self.recorded() else self.update_from)(*self.sample(cfg.batch, cfg.length, cfg.near_rewards).parts)
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
 
@@ -440,11 +443,11 @@ class Trainer:
         "One batch of dreams, and what the learner makes of it."
         cfg = self.cfg
         with self.timed("behaviour"):
-            self.world.eval()
+            self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.eval()
             starts = self.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
-            logs = (self.dream_update if play_back else self.dream_from)(*self.tensors_of(self.sample(n, cfg.dream_context, cfg.near_rewards, 2 * cfg.horizon)))
+            logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, cfg.near_rewards, 2 * cfg.horizon).parts)
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -21,6 +22,7 @@ from fastcore.basics import patch
 from gymnasium.vector import VectorEnv
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+from tqdm import tqdm
 from ..core import Config, HidreamerError, Segment, check
 
 # %% ../../nbs/11_data.replay.ipynb #cell-005
@@ -77,6 +79,7 @@ class Replay:
         self.chunk_rows = max(1, min(self.keep // 4, max(64, 1024 // num_envs)))
         self.rows, self.chunks = 0, {}                                  # rows ever added; chunk number -> Chunk
         self._ends, self.near = {}, None                                # where segments may end, by length; a second copy, see `keep_on`
+        self.coder, self.codes, self.coded = None, None, 0              # see `remember`; rows below `coded` have their codes
         self._temporary = tempfile.TemporaryDirectory(prefix="hidreamer-replay-") if path is None else None
         self.path = Path(self._temporary.name if path is None else path)
         self._claim_folder(have)
@@ -186,6 +189,7 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
     check(0 <= near_rewards <= 1, "near_rewards", near_rewards, "must lie in [0, 1]")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
+    if self.coder: self._encode()
     if (self.rows, length, lead) not in self._ends:
         self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {(self.rows, length, lead): self._where(length, lead)}
         if self.near is not None: self._ends[self.rows, length, lead] = [x.to(self.near["first"].device) for x in self._ends[self.rows, length, lead]]
@@ -194,13 +198,13 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
     some = round(near_rewards * batch / len(near)) if near else 0
     pick = lambda x, n: x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
     ends = torch.cat([pick(every, batch - some * len(near)), *(pick(x, some) for x in near if some)])
-    if self.near is not None:
-        rows = (self.oldest + ends[:, None] % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
-        return Segment(**{k: v[ends[:, None] // width, rows] for k, v in self.near.items()})
+    at = ends[:, None] // width, (self.oldest + ends[:, None] % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
+    codes = self.codes[at].long() if self.coder else None
+    if self.near is not None: return Segment(**{k: v[at] for k, v in self.near.items()}, codes=codes)
     out = self._empty(batch, length)
     for i, end in enumerate(ends.tolist()):
         self._read(end // width, self.oldest + end % width - length + 1, {k: v[i] for k, v in out.items()})
-    return Segment(**out)
+    return Segment(**out, codes=codes)
 
 @patch
 def episodes(self: Replay, whole: bool = True) -> list[Segment]:
@@ -229,6 +233,24 @@ def keep_on(self: Replay, device: str | torch.device) -> Replay:
 @patch
 def _copy(self: Replay, data: dict[str, Tensor], row: int, to: int, n: int):
     for k, v in self.near.items(): v[:, to:to + n] = data[k][:, row:row + n].to(v.device, non_blocking=True)
+
+# %% ../../nbs/11_data.replay.ipynb #rem00002
+@patch
+def remember(self: Replay, coder: Callable[[UInt8[Tensor, "1 n c h w"]], Int[Tensor, "1 n m"]]) -> None:
+    "From here on segments have `codes`, which `coder` makes of every picture once; below 32,768 each."
+    self.coder, self.codes, self.coded = coder, None, 0
+
+@patch
+def _encode(self: Replay):
+    "Codes of the rows that have none yet."
+    rows = range(max(self.coded, self.oldest), self.rows)
+    for r in tqdm(rows, "codes of the replay", unit="row", leave=False, disable=len(rows) < 2000):
+        number, i = divmod(r, self.chunk_rows)
+        frames = self.chunks[number].data["frames"][:, i] if self.near is None else self.near["frames"][:, r % self.keep]
+        codes = self.coder(frames[None])[0]
+        if self.codes is None: self.codes = torch.zeros(self.num_envs, self.keep, codes.shape[-1], dtype=torch.int16, device=codes.device)
+        self.codes[:, r % self.keep] = codes
+        self.coded = r + 1
 
 # %% ../../nbs/11_data.replay.ipynb #cell-016
 def link_or_copy(src: Path, dst: Path, link: bool = True) -> None:

@@ -109,7 +109,7 @@ def imagined_state(world, reader: Reader, episodes: list[tuple[Segment, np.ndarr
     world.eval()
     with torch.no_grad(), own_randomness(seed), autocast(device):
         for i in range(0, len(segs), batch):
-            seg = Segment(*(torch.cat(x) for x in zip(*(vars(s).values() for s in segs[i:i + batch])))).to(device)
+            seg = Segment.join(segs[i:i + batch]).to(device)
             dreamt.append({t: f[:, 0].cpu() for t, f in rollout_frames(world, seg[:, :context], seg.actions[:, context - 1:], tuple(horizons), 1).items()})
     world.train(was)
     frames = lambda t: torch.cat([s.frames[:, context - 1 + t] for s in segs])

@@ -96,7 +96,7 @@ class RolloutError:
 # %% ../../nbs/61_evaluate.rollouts.ipynb #cell-018
 def batch_errors(world, segs: list[Segment], context: int, horizons: tuple, samples: int) -> dict[int, dict]:
     "Errors of some starts, given as segments of `context + max(horizons)` frames each, by horizon."
-    seg = Segment(*(torch.cat(x) for x in zip(*(vars(s).values() for s in segs)))).to(next(world.parameters()).device)
+    seg = Segment.join(segs).to(next(world.parameters()).device)
     frames, codec = seg.frames.float() / 255, getattr(world, "tokenizer", None)
     predicted = rollout_frames(world, seg[:, :context], seg.actions[:, context - 1:], horizons, samples)
     out = {t: frame_errors(p, frames[:, context - 1 + t], frames[:, context - 1]) for t, p in predicted.items()}

@@ -6,6 +6,7 @@
 __all__ = ['Step', 'WorldModel', 'symlog', 'symexp', 'TwoHot', 'mlp', 'CopyWorld']
 
 # %% ../../nbs/40_worlds.base.ipynb #cell-003
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -67,6 +68,10 @@ class WorldModel(nn.Module):
         "Modules that `torch.compile` makes faster on a GPU: small operations in a row. Nothing by default."
         return []
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
+    @property
+    def coder(self) -> Callable | None:
+        "What makes codes of frames (b t c h w), if it learns no more and a segment may bring them along. Nothing by default."
+        return None
     def groups(self) -> list[dict]:
         "Parameter groups for the optimiser: `name`, `params` and, where wanted, `lr_scale`. The name \"tokens\" is for the tokenizer's."
         return [dict(name="world", params=[p for p in self.parameters() if p.requires_grad])]

@@ -219,6 +219,11 @@ class HiDreamer(WorldModel):
         self.learn_tokens = True
 
     @property
+    def coder(self): return None if self.learn_tokens else self.tokenizer.encode
+    def codes(self, seg: Segment) -> Int[Tensor, "b t n"]:
+        "Those that the segment brings along, or else made now."
+        return self.tokenizer.encode(seg.frames) if seg.codes is None else seg.codes
+    @property
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
     def parts_to_compile(self): return [m for m in self.head.modules() if isinstance(m, LocalBlock)]
     def after_update(self): self.transformer.balance()
@@ -265,8 +270,7 @@ class HiDreamer(WorldModel):
     def loss(self, seg: Segment):
         "Nats per frame of the next codes, of reward and continuation; plus the tokenizer's loss while `learn_tokens`."
         check(seg.time >= 2, "segment.time", seg.time, "must be at least 2 steps")
-        codes = self.tokenizer.encode(seg.frames)
-        loss, logs = self.dynamics(codes, seg)
+        loss, logs = self.dynamics(self.codes(seg), seg)
         if self.learn_tokens:
             extra, more = self.tokenizer.loss(seg.frames)
             loss, logs = loss + extra, logs | {f"tokens/{k}": v for k, v in more.items()}
@@ -353,7 +357,7 @@ class HiDreamer(WorldModel):
 
     # ---- living
     def observe(self, seg: Segment) -> DreamState:
-        codes = self.tokenizer.encode(seg.frames)
+        codes = self.codes(seg)
         maps = self.maps(codes)
         y, cache = self.transformer.prefill(self.level_tokens(maps), seg.actions[:, :-1])
         first = self.spread(maps[0], 0)
@@ -452,7 +456,7 @@ def token_accuracy(world: HiDreamer, episodes: list[Segment], length: int = 16, 
     was, sums = world.training, [dict(n=0, changed=0, right=0, right_changed=0, nats=0., nats_changed=0.) for _ in world.sizes]
     world.eval()
     for i in range(0, len(windows), batch):
-        seg = Segment(*(torch.cat(x) for x in zip(*((w.frames, w.actions, w.rewards, w.terminated, w.first) for w in windows[i:i + batch]))))
+        seg = Segment.join(windows[i:i + batch])
         codes = world.tokenizer.encode(seg.frames)
         for l, (c, z) in enumerate(zip(codes.split(world.sizes, -1), world.predict(codes, seg.actions)[0])):
             new, old = c[:, 1:].flatten(0, 1), c[:, :-1].flatten(0, 1)
