@@ -405,10 +405,13 @@ class Trainer:
 
     def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
         "Segments, with their codes once the tokenizer learns no more."
-        if self.world.coder and not self.replay.coder: self.replay.remember(self.codes)
+        self.remember_codes()
         return self.replay.sample(batch, length, near_rewards=near_rewards, lead=lead).to(self.device)
-    def codes(self, frames: Tensor) -> Tensor:
-        with evaluating(self.world), autocast(self.device, self.cfg.precision): return self.world.coder(frames.to(self.device))
+    def remember_codes(self):
+        "The replay keeps codes as long as the tokenizer does not change."
+        def coder(frames: Tensor) -> Tensor:
+            with evaluating(self.world), autocast(self.device, self.cfg.precision): return self.world.coder(frames.to(self.device))
+        if bool(self.world.coder) != bool(self.replay.coder): self.replay.remember(coder if self.world.coder else None)
     def recorded(self) -> bool:
         "May updates and dreams be played back, from here on?"
         return self.cfg.record and self.world.steady and not self.world.learn_tokens
@@ -423,11 +426,21 @@ class Trainer:
             self.clock["warm"] += 1
             self.note("tokens", logs)
 
+    def settle_tokens(self):
+        "After its warm-up the tokenizer learns on with the world, or no more."
+        self.world.learn_tokens = self.clock["steps"] < self.cfg.tokens_until
+
+    def make_codes(self) -> bool:
+        "Codes of a hundred rows of the replay, once the tokenizer learns no more; are there others? After a resume there are many."
+        with self.timed("codes"):
+            self.settle_tokens(); self.remember_codes()
+            return bool(self.world.coder) and self.replay.encode(100)
+
     def learn_world(self):
         "One update of the world."
         cfg = self.cfg
         with self.timed("world"):
-            self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.train(); self.world.anneal(self.clock["steps"])
+            self.settle_tokens(); self.world.train(); self.world.anneal(self.clock["steps"])
             self.rates(self.clock["world"] / self.frames_due(cfg.steps))
             logs = (self.world_update if self.recorded() else self.update_from)(*self.sample(cfg.batch, cfg.length, cfg.near_rewards).parts)
             self.clock["world"] += cfg.batch * cfg.length
@@ -443,7 +456,7 @@ class Trainer:
         "One batch of dreams, and what the learner makes of it."
         cfg = self.cfg
         with self.timed("behaviour"):
-            self.world.learn_tokens = self.clock["steps"] < cfg.tokens_until; self.world.eval()
+            self.settle_tokens(); self.world.eval()
             starts = self.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
@@ -472,6 +485,7 @@ class Trainer:
             while c["steps"] < c["until"]: self.play(); yield "collect"
             if c["steps"] >= cfg.random_steps:
                 while c["warm"] < cfg.warm_up: self.warm_up(); yield "tokens"
+                while self.make_codes(): yield "codes"
                 while c["world"] < self.frames_due(c["steps"]): self.learn_world(); yield "world"
                 while c["dream"] < c["steps"] * cfg.dream_ratio: self.learn_behaviour(); yield "behaviour"
             self.flush()
@@ -550,7 +564,7 @@ class Trainer:
         "What dreaming and learning cost: operations and seconds of a dream of `rows` rows, seconds of all learning."
         state = self.world.observe(held[0][:, :self.cfg.dream_context].to(self.device))
         cost = rollout_cost(self.world, self.world.repeat(state, rows), self.cfg.horizon)
-        return costs_json({self.cfg.world: cost}, training_seconds=sum(self.seconds.get(k, 0.) for k in ("tokens", "world", "behaviour")))
+        return costs_json({self.cfg.world: cost}, training_seconds=sum(self.seconds.get(k, 0.) for k in ("tokens", "codes", "world", "behaviour")))
 
     def close(self): self.envs.close(); self.run.close()
 

@@ -22,7 +22,6 @@ from fastcore.basics import patch
 from gymnasium.vector import VectorEnv
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
-from tqdm import tqdm
 from ..core import Config, HidreamerError, Segment, check
 
 # %% ../../nbs/11_data.replay.ipynb #cell-005
@@ -189,7 +188,7 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
     check(0 <= near_rewards <= 1, "near_rewards", near_rewards, "must lie in [0, 1]")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
-    if self.coder: self._encode()
+    if self.coder: self.encode()
     if (self.rows, length, lead) not in self._ends:
         self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {(self.rows, length, lead): self._where(length, lead)}
         if self.near is not None: self._ends[self.rows, length, lead] = [x.to(self.near["first"].device) for x in self._ends[self.rows, length, lead]]
@@ -236,21 +235,22 @@ def _copy(self: Replay, data: dict[str, Tensor], row: int, to: int, n: int):
 
 # %% ../../nbs/11_data.replay.ipynb #rem00002
 @patch
-def remember(self: Replay, coder: Callable[[UInt8[Tensor, "1 n c h w"]], Int[Tensor, "1 n m"]]) -> None:
-    "From here on segments have `codes`, which `coder` makes of every picture once; below 32,768 each."
+def remember(self: Replay, coder: Callable[[UInt8[Tensor, "1 n c h w"]], Int[Tensor, "1 n m"]] | None) -> None:
+    "From here on segments have `codes`, which `coder` makes of every picture once. None: no longer."
     self.coder, self.codes, self.coded = coder, None, 0
 
 @patch
-def _encode(self: Replay):
-    "Codes of the rows that have none yet."
-    rows = range(max(self.coded, self.oldest), self.rows)
-    for r in tqdm(rows, "codes of the replay", unit="row", leave=False, disable=len(rows) < 2000):
+def encode(self: Replay, most: int | None = None) -> bool:
+    "Codes of rows that have none yet, of `most` of them (None: of all); are there more? `sample` asks for all."
+    begin = max(self.coded, self.oldest)
+    for r in range(begin, self.rows if most is None else min(self.rows, begin + most)):
         number, i = divmod(r, self.chunk_rows)
         frames = self.chunks[number].data["frames"][:, i] if self.near is None else self.near["frames"][:, r % self.keep]
         codes = self.coder(frames[None])[0]
-        if self.codes is None: self.codes = torch.zeros(self.num_envs, self.keep, codes.shape[-1], dtype=torch.int16, device=codes.device)
+        if self.codes is None: self.codes = torch.zeros(self.num_envs, self.keep, codes.shape[-1], dtype=torch.int32, device=codes.device)
         self.codes[:, r % self.keep] = codes
         self.coded = r + 1
+    return self.coded < self.rows
 
 # %% ../../nbs/11_data.replay.ipynb #cell-016
 def link_or_copy(src: Path, dst: Path, link: bool = True) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'quartiles', 'paired', 'row', 'learn_tokens', 'token_rows', 'bench_tokens', 'attention_rows',
-           'bench_attention', 'loop_of_experts', 'learn_layer', 'moe_rows', 'bench_moe', 'random_segment',
+           'bench_attention', 'loop_of_experts', 'learn_layer', 'moe_rows', 'bench_moe', 'random_segment', 'coded',
            'bench_imagination', 'bench_train', 'bench_growth', 'bench_roofline', 'machine', 'load_average', 'memory',
            'table', 'bench']
 
@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from ..core import Segment, autocast, check, count_parameters, fast_bf16, find_device, keep_memory, nearest
@@ -136,6 +137,10 @@ def random_segment(batch: int, time_: int, actions: int, cfg: TokenizerConfig, d
     zero = torch.zeros(batch, time_, device=device)
     return Segment(frames, torch.randint(actions, (batch, time_), device=device), zero, zero.bool(), zero.bool())
 
+def coded(seg: Segment, world: HiDreamer) -> Segment:
+    "With its codes, as a replay hands segments out once the tokenizer is frozen."
+    return replace(seg, codes=world.tokenizer.encode(seg.frames))
+
 def bench_imagination(device: torch.device, budget: float = 12., batches=(1, 16, 64, 1024), cfg: HiDreamerConfig | None = None,
                       actions: int = 6) -> list[dict]:
     "Dreamed steps per second by batch, with parameters, context and memory."
@@ -156,12 +161,13 @@ def bench_imagination(device: torch.device, budget: float = 12., batches=(1, 16,
 
 def bench_train(device: torch.device, budget: float = 6., batch: int = 8, length: int = 16, cfg: HiDreamerConfig | None = None,
                 actions: int = 6) -> list[dict]:
-    "Frames per second of `loss` and its gradients, with the tokenizer learning and with it frozen."
+    "Frames per second of `loss` and its gradients, with the tokenizer learning and with it frozen (the codes are there)."
     cfg = cfg or HiDreamerConfig()
     world, seg = HiDreamer(cfg, actions).to(device), random_segment(batch, length, actions, cfg.tokens, device)
+    known = coded(seg, world)
     def learn(tokens):
         world.learn_tokens = tokens; world.train(); world.zero_grad(set_to_none=True)
-        with autocast(device): loss, _ = world.loss(seg)
+        with autocast(device): loss, _ = world.loss(seg if tokens else known)
         loss.backward(); world.after_update()
     arms = {"with tokenizer": lambda: learn(True), "frozen tokenizer": lambda: learn(False)}
     times, frames = paired(arms, device, budget=budget, warm=1), batch * length

@@ -26,7 +26,7 @@ from unittest.mock import MagicMock
 import torch
 from torch import nn
 from ..core import autocast, check, count_parameters, keep_memory
-from .bench import load_average, machine, quartiles, random_segment, row
+from .bench import coded, load_average, machine, quartiles, random_segment, row
 from ..run import provenance
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers006
@@ -72,6 +72,7 @@ def hidreamer(folder: Path, preset: str) -> Arm:
     def train(tokens: bool):
         world.learn_tokens = tokens; world.train()
         opt, seg = torch.optim.AdamW(world.parameters(), lr=1e-4, fused=True), random_segment(BATCH, LENGTH, ACTIONS, cfg.tokens, device)
+        if not tokens: seg = coded(seg, world)
         def go():
             opt.zero_grad(set_to_none=True)
             with cast(): loss, _ = world.loss(seg)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from ..core import autocast, check, fast_bf16
-from .bench import paired, quartiles, random_segment
+from .bench import coded, paired, quartiles, random_segment
 from .costs import Missed, formulas
 from ..worlds.hidreamer import HiDreamer, HiDreamerConfig
 
@@ -48,6 +48,7 @@ def dreaming(cfg: HiDreamerConfig, batch: int, device, actions: int = 6) -> tupl
 def learning(cfg: HiDreamerConfig, batch: int, length: int, device, tokens: bool = False, actions: int = 6):
     "A function that takes one learning step, without its optimiser; `tokens`: the tokenizer learns too."
     world, seg = HiDreamer(cfg, actions).to(device), random_segment(batch, length, actions, cfg.tokens, device)
+    if not tokens: seg = coded(seg, world)
     def learn():
         world.learn_tokens = tokens; world.train(); world.zero_grad(set_to_none=True)
         with autocast(device): loss, _ = world.loss(seg)

@@ -29,7 +29,7 @@ class HiDreamerConfig(Config):
     head_blocks: int = 2        # blocks shared by all passes; each pass has one more of its own
     halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
-    temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure
+    temperature: float = 1.     # of imagined codes, and of which places change; below 1 dreams are sharper than the model is sure
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
     contrast: int = 0           # steps ahead of the action-conditioned contrastive loss (TWISTER uses 10); 0 = off
     contrast_weight: float = 1.
@@ -222,7 +222,7 @@ class HiDreamer(WorldModel):
     def coder(self): return None if self.learn_tokens else self.tokenizer.encode
     def codes(self, seg: Segment) -> Int[Tensor, "b t n"]:
         "Those that the segment brings along, or else made now."
-        return self.tokenizer.encode(seg.frames) if seg.codes is None else seg.codes
+        return self.tokenizer.encode(seg.frames) if seg.codes is None or self.learn_tokens else seg.codes
     @property
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
     def parts_to_compile(self): return [m for m in self.head.modules() if isinstance(m, LocalBlock)]
@@ -300,7 +300,9 @@ class HiDreamer(WorldModel):
         return [self.logits(l, z).float() for l, z in enumerate(seen)]
 
     def predict(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        "Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses."
+        """Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses.
+
+        With `changes` there is one class more: a place that stayed might have become something else, and nobody asked what."""
         x, now, new, y, aux = self.ahead(codes, actions)
         if not self.cfg.changes: return self.taught(x, new), y, aux
         new_codes, old_codes = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
@@ -308,8 +310,9 @@ class HiDreamer(WorldModel):
         gate, out = self.head.gate(x, changed)[0][..., None], []
         moves, stays = gate.sigmoid(), (-gate).sigmoid()                                     # of a place, given the levels so far
         for z, c, old in zip(self.taught(self.head.settle(x, now, changed), new, changed), new_codes.split(self.sizes, -1), old_codes.split(self.sizes, -1)):
-            said = torch.where(changed[..., None], z, 0.).softmax(-1) * moves                # what stays was told its code: the head may not be asked
-            both, c, old = said.scatter_add(-1, old[..., None], stays), c[..., None], old[..., None]
+            said = torch.where(changed[..., None], z.softmax(-1), 0.) * moves                # what stays was told its code: the head may not be asked
+            c, old = c[..., None], old[..., None]
+            both = torch.cat([said.scatter_add(-1, old, stays), torch.where(changed[..., None], 0., moves)], -1)
             whole = both.gather(-1, c).clamp(min=1e-30)
             moves, stays = said.gather(-1, c) / whole, stays * (c == old) / whole
             out.append(both.clamp(min=1e-30).log())
@@ -324,22 +327,22 @@ class HiDreamer(WorldModel):
         x, now, maps, y, aux = self.ahead(codes, seg.actions)
         total, logs = aux["z_loss"], dict(load=aux["load"].detach())
         after, before = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
-        at, some, scale = None, None, 1.
+        at, weight = None, 1.
         if self.cfg.changes:
             any_level = self.changed(after, before)
             gate = F.binary_cross_entropy_with_logits(self.head.gate(x, any_level)[0], any_level.float(), reduction="none").sum(1).mean()
             at = (any_level + .5 * torch.rand_like(x[..., 0].flatten(1).float())).topk(self.cfg.changes).indices       # those that change, and some that do not
             some = any_level.gather(1, at)
-            scale = any_level.sum() / some.sum().clamp(min=1)                                 # more may change than are looked at
+            weight = some * any_level.sum(1, keepdim=True) / some.sum(1, keepdim=True).clamp(min=1)     # in a frame more may change than are looked at
             total, logs, x = total + gate, logs | dict(nll_gate=gate.detach()), self.head.settle(x, now, any_level)
         logits = self.taught(x, maps, any_level if self.cfg.changes else None, at)
         for l, (new, old) in enumerate(zip(after.split(self.sizes, -1), before.split(self.sizes, -1))):
             logs[f"persist_l{l}"] = 1 - (new != old).float().mean()
             if at is not None: new, old = new.gather(1, at), old.gather(1, at)
             nll, changed = nats(logits[l], new), new != old
-            if some is not None: nll = nll * some * scale
-            total = total + nll.sum(1).mean()
-            logs |= {f"nll_l{l}": nll.sum(1).mean().detach(), f"nll_changed_l{l}": (nll * changed).sum().detach() / changed.sum().clamp(min=1)}
+            logs[f"nll_changed_l{l}"] = (nll * changed).sum().detach() / changed.sum().clamp(min=1)
+            nll = (nll * weight).sum(1).mean()
+            total, logs[f"nll_l{l}"] = total + nll, nll.detach()
         reward, cont = self.outcome_loss(y[:, 1:, -2], seg)
         total, logs = total + reward + cont, logs | dict(reward=reward.detach(), cont=cont.detach())
         if self.cfg.contrast:
@@ -456,7 +459,7 @@ def token_accuracy(world: HiDreamer, episodes: list[Segment], length: int = 16, 
     was, sums = world.training, [dict(n=0, changed=0, right=0, right_changed=0, nats=0., nats_changed=0.) for _ in world.sizes]
     world.eval()
     for i in range(0, len(windows), batch):
-        seg = Segment.join(windows[i:i + batch])
+        seg = Segment.join(windows[i:i + batch]).to(next(world.parameters()).device)
         codes = world.tokenizer.encode(seg.frames)
         for l, (c, z) in enumerate(zip(codes.split(world.sizes, -1), world.predict(codes, seg.actions)[0])):
             new, old = c[:, 1:].flatten(0, 1), c[:, :-1].flatten(0, 1)

@@ -566,7 +566,7 @@ def diagnose(self: Dreamer, episodes: list[Segment], most: int = 256) -> dict:
     """On the first `most` frames of each episode (b=1): mean KL in nats (and its 90% quantile, since most frames hold no news), and mean squared error of
     the reconstruction by view, for pixels in [0, 1]; beside it the error of the episode's mean frame."""
     out, n = {}, 0
-    for ep in (e[:, :most] for e in episodes):
+    for ep in (e[:, :most].to(next(self.parameters()).device) for e in episodes):
         path, x = self.path(ep)
         views = self.views(self.wrap(path.features[:, 0].float()))
         row = {k: v.mean() for k, v in self.kls(path).items()} | {f"{k}_q90": v.float().quantile(.9) for k, v in self.kls(path).items()}
