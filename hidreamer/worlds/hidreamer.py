@@ -30,6 +30,7 @@ class HiDreamerConfig(Config):
     halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
     temperature: float = 1.     # of imagined codes, and of which places change; below 1 dreams are sharper than the model is sure
+    foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
     contrast: int = 0           # steps ahead of the action-conditioned contrastive loss (TWISTER uses 10); 0 = off
     contrast_weight: float = 1.
@@ -42,8 +43,9 @@ class HiDreamerConfig(Config):
         check(self.halves <= self.tokens.levels, "halves", self.halves, f"must not exceed the number of levels, {self.tokens.levels}", "Lower --model.halves.")
         places = self.tokens.fine ** 2
         check(self.changes <= places, "changes", self.changes, f"must not exceed the number of places, {places}", "Lower --model.changes.")
-        check(not self.changes or len(set(self.tokens.grids)) == 1 and places > 1, "changes", self.changes,
-              f"needs levels of one grid, not {self.tokens.grids}", "Set --model.changes 0.")
+        check(not (self.changes or self.foresee) or len(set(self.tokens.grids)) == 1 and places > 1, "changes", self.changes,
+              f"and foresee={self.foresee} need levels of one grid, not {self.tokens.grids}", "Set --model.changes 0 and no --model.foresee.")
+        check(all(k >= 1 for k in self.foresee), "foresee", self.foresee, "must be steps ahead, at least 1 each")
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]", "1 samples what the model believes.")
         return super().check()
 
@@ -215,6 +217,7 @@ class HiDreamer(WorldModel):
         self.cont = mlp([width, width, 1], out_scale=0.)
         with torch.no_grad(): self.cont[-1].bias.fill_(4.)
         if cfg.contrast: self.contrast = Contrast(cfg, actions)
+        if cfg.foresee: self.foresee = nn.Linear(width, len(cfg.foresee) * self.sizes[0])
         self.feature_dim = width + self.fine ** 2 * cfg.code_dim
         self.learn_tokens = True
 
@@ -327,9 +330,8 @@ class HiDreamer(WorldModel):
         x, now, maps, y, aux = self.ahead(codes, seg.actions)
         total, logs = aux["z_loss"], dict(load=aux["load"].detach())
         after, before = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
-        at, weight = None, 1.
+        at, weight, any_level = None, 1., self.changed(after, before) if self.cfg.changes or self.cfg.foresee else None
         if self.cfg.changes:
-            any_level = self.changed(after, before)
             gate = F.binary_cross_entropy_with_logits(self.head.gate(x, any_level)[0], any_level.float(), reduction="none").sum(1).mean()
             at = (any_level + .5 * torch.rand_like(x[..., 0].flatten(1).float())).topk(self.cfg.changes).indices       # those that change, and some that do not
             some = any_level.gather(1, at)
@@ -345,6 +347,9 @@ class HiDreamer(WorldModel):
             total, logs[f"nll_l{l}"] = total + nll, nll.detach()
         reward, cont = self.outcome_loss(y[:, 1:, -2], seg)
         total, logs = total + reward + cont, logs | dict(reward=reward.detach(), cont=cont.detach())
+        if self.cfg.foresee:
+            f = self.foresight(y[:, :, -2], any_level.unflatten(0, (len(codes), -1)))
+            total, logs = total + f, logs | dict(foresight=f.detach())
         if self.cfg.contrast:
             c = self.contrast(y[:, :, -2], seg, self.tokenizer)
             total, logs["contrast"] = total + self.cfg.contrast_weight * c, c.detach()
@@ -357,6 +362,13 @@ class HiDreamer(WorldModel):
         parts = [self.twohot.loss(logits[:, :t - i, i], seg.rewards[:, i:t]).mean() for i in range(min(n, t))]
         cont = F.binary_cross_entropy_with_logits(self.cont(seen)[..., 0].float(), 1 - seg.terminated[:, :-1].float())
         return parts[0] + (sum(parts[1:]) / (n - 1) if len(parts) > 1 else 0.), cont
+
+    def foresight(self, h: Float[Tensor, "b t d"], changed: Bool[Tensor, "b u k"]) -> Float[Tensor, ""]:
+        "Nats per frame of the places that change so many steps later, the mean over `foresee`. `changed[:, i]`: from step i to step i + 1."
+        logits, t = self.foresee(h).unflatten(-1, (len(self.cfg.foresee), -1)).float(), h.shape[1]
+        parts = [F.binary_cross_entropy_with_logits(logits[:, :t - k, i], changed[:, k - 1:].float(), reduction="none").sum(-1).mean()
+                 for i, k in enumerate(self.cfg.foresee) if k < t]
+        return sum(parts) / max(1, len(parts))
 
     # ---- living
     def observe(self, seg: Segment) -> DreamState:
