@@ -368,7 +368,7 @@ class HiDreamer(WorldModel):
         logits, t = self.foresee(h).unflatten(-1, (len(self.cfg.foresee), -1)).float(), h.shape[1]
         parts = [F.binary_cross_entropy_with_logits(logits[:, :t - k, i], changed[:, k - 1:].float(), reduction="none").sum(-1).mean()
                  for i, k in enumerate(self.cfg.foresee) if k < t]
-        return sum(parts) / max(1, len(parts))
+        return sum(parts, h.new_zeros(())) / max(1, len(parts))             # 0 if the segment is too short for any
 
     # ---- living
     def observe(self, seg: Segment) -> DreamState:
