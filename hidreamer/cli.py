@@ -175,12 +175,14 @@ def play(run: Path,                      # the run folder, or a published file
     print(f"{game.rewards.sum():g} points in {game.time - 1} steps", path, sep="\n")
 
 # %% ../nbs/80_cli.ipynb #cell-014
-def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "train", "growth", "roofline"] = "all",   # what to measure
+def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "train", "growth", "roofline", "peers"] = "all",   # what to measure
           *, json: bool = False,      # as JSON on standard output
+          peers: Path | None = None,  # folder with clones of other projects, for peers
+          adapters: Path | None = None,   # Python file with more of them than dreamerv3-torch (see evaluate.peers)
          ) -> None:
     "Measure what it costs on this machine, beside the plain way of doing the same."
     from hidreamer.evaluate.bench import bench
-    bench(what, json=json)
+    bench(what, json=json, peers=peers, adapters=adapters)
 
 def tworooms(*, mode: Literal["l1", "l2", "both"] = "both",   # what to train; l2 stands on the level 1 in --output
              epochs: int = 40,          # passes through the data

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PARTS', 'quartiles', 'paired', 'row', 'learn_tokens', 'token_rows', 'bench_tokens', 'attention_rows',
            'bench_attention', 'loop_of_experts', 'learn_layer', 'moe_rows', 'bench_moe', 'random_segment', 'coded',
-           'bench_imagination', 'bench_train', 'bench_growth', 'bench_roofline', 'machine', 'load_average', 'memory',
-           'table', 'bench']
+           'bench_imagination', 'bench_train', 'bench_growth', 'bench_roofline', 'bench_peers', 'machine',
+           'load_average', 'memory', 'table', 'bench']
 
 # %% ../../nbs/61_evaluate.bench.ipynb #cell-003
 import json as js
@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from ..core import Segment, autocast, check, count_parameters, fast_bf16, find_device, keep_memory, nearest
@@ -188,6 +189,12 @@ def bench_roofline(device: torch.device, budget: float = 8.) -> list[dict]:
     from hidreamer.evaluate.roofline import bench_roofline
     return bench_roofline(device, budget)
 
+def bench_peers(peers: Path | None, adapters: Path | None) -> list[dict]:
+    "Other projects' own code beside ours: `evaluate.peers`."
+    from hidreamer.evaluate.peers import bench_peers
+    check(peers is not None, "peers", peers, "must name a folder with clones of other projects", "Add --peers FOLDER.")
+    return bench_peers(peers, adapters)
+
 PARTS = dict(tokens=bench_tokens, attention=bench_attention, moe=bench_moe, imagination=bench_imagination, train=bench_train, growth=bench_growth,
              roofline=bench_roofline)
 
@@ -231,16 +238,20 @@ def table(report: dict) -> str:
             lines.append(f"  {r['case']}: " + "; ".join(facts))
     return "\n".join(lines)
 
-def bench(what: str = "all",            # all, or one of `PARTS`
+def bench(what: str = "all",            # all, one of `PARTS`, or peers
           json: bool = False,           # print JSON instead of a table
           device: str = "auto", scale: float = 1.,   # time to spend, 1 = three or four minutes for all
+          peers: Path | None = None,    # for peers: a folder with clones of other projects, measured too if it is given
+          adapters: Path | None = None, # for peers: a file with more of them
           quiet: bool = False) -> dict:
     "Measure, print and return. Ratios above 1 mean that this library is faster. Raises `HidreamerError` for an unknown part."
-    check(what == "all" or what in PARTS, "what", what, f"must be all or one of {', '.join(PARTS)}", f"Nearest: {nearest(what, PARTS)}.")
+    known = ("all", "peers", *PARTS)
+    check(what in known, "what", what, f"must be one of {', '.join(known)}", f"Nearest: {nearest(what, known)}.")
     keep_memory()
     device, default = find_device(device), dict(imagination=12., train=6., growth=20., roofline=12.)
     torch.manual_seed(0); before = load_average()
     results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)}
+    if what == "peers" or (what == "all" and peers): results["peers"] = bench_peers(peers, adapters)
     report = dict(machine=machine(device) | dict(load_before=before, peak_memory=memory()), results=results)
     if not quiet: print(js.dumps(report, indent=1) if json else table(report))
     return report

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIONS', 'HORIZON', 'CONTEXT', 'BATCH', 'LENGTH', 'BATCHES', 'GRIDS', 'OURS', 'SHORT', 'ARMS', 'precision', 'cast',
-           'Arm', 'hidreamer', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns', 'report', 'origin',
-           'check_asked', 'main']
+           'Arm', 'hidreamer', 'dreamerv3', 'cloned', 'add', 'absent', 'on_cpu', 'serve', 'Process', 'in_turns',
+           'report', 'origin', 'check_arms', 'start', 'cases', 'by_model', 'bench_peers', 'check_asked', 'main']
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers003
 import argparse
@@ -18,14 +18,14 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import MagicMock
 import torch
 from torch import nn
-from ..core import autocast, check, count_parameters, keep_memory
+from ..core import autocast, check, count_parameters, fast_bf16, keep_memory
 from .bench import coded, load_average, machine, quartiles, random_segment, row
 from ..run import provenance
 
@@ -81,8 +81,49 @@ def hidreamer(folder: Path, preset: str) -> Arm:
     return Arm(count_parameters(world), count_parameters(policy), dream, {"joint": lambda: train(True), "frozen tokenizer": lambda: train(False)},
                f"preset {preset}; rewards, continuation and values predicted")
 
+# %% ../../nbs/61_evaluate.peers.ipynb #peers010
+def dreamerv3(folder: Path) -> Arm:
+    "dreamerv3-torch (NM512): `ImagBehavior._imagine` and the reward and continue heads; `WorldModel._train`."
+    on_cpu()
+    from types import SimpleNamespace
+    import gymnasium as gym
+    import numpy as np
+    import models
+    from hidreamer.dreamerv3 import read_yaml
+    from models import ImagBehavior, WorldModel
+    models.to_np = lambda x: x.detach().float().numpy()    # patched: NumPy knows no bf16
+    book = read_yaml(folder/"configs.yaml")
+    cfg = book["defaults"]
+    for k, v in book["atari100k"].items(): cfg[k] = cfg[k] | v if isinstance(v, dict) else v
+    cfg = SimpleNamespace(**cfg | dict(device="cpu", precision=16, num_actions=ACTIONS))     # 16: autocast, here to bf16
+    spaces = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (*cfg.size, 3), np.uint8))
+    world = WorldModel(spaces, None, 0, cfg); behaviour = ImagBehavior(cfg, world)
+    size = count_parameters(world), count_parameters(behaviour.actor) + count_parameters(behaviour.value)
+    def dream(batch: int, horizon: int):
+        world.eval()
+        with torch.no_grad(): start = {k: v.unsqueeze(1) for k, v in world.dynamics.initial(batch).items()}
+        def go():
+            with torch.no_grad(), cast():
+                feats, states, actions = behaviour._imagine(start, behaviour.actor, horizon)
+                feats = world.dynamics.get_feat(states)
+                world.heads["reward"](feats).mode(), world.heads["cont"](feats).mean
+        return go
+    def train():
+        world.train(); shape = (cfg.batch_size, cfg.batch_length)
+        zero, first = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        first[:, 0] = 1
+        data = dict(image=np.random.randint(256, size=(*shape, *cfg.size, 3), dtype=np.uint8), is_first=first, is_terminal=zero, reward=zero,
+                    action=np.eye(ACTIONS, dtype=np.float32)[np.random.randint(ACTIONS, size=shape)])
+        return lambda: world._train(data)
+    return Arm(*size, dream, {"joint": train}, "no values; not compiled (as in their own code, where torch.compile never sees `_train`)")
+
 # %% ../../nbs/61_evaluate.peers.ipynb #peers011
-ARMS = {"hidreamer 11M": (lambda f: hidreamer(f, "atari100k"), ""), "hidreamer cpu": (lambda f: hidreamer(f, "cpu"), "")}
+ARMS = {"hidreamer 11M": (lambda f: hidreamer(f, "atari100k"), ""), "hidreamer cpu": (lambda f: hidreamer(f, "cpu"), ""),
+        "dreamerv3-torch": (dreamerv3, "dreamerv3-torch")}
+
+def cloned(peers: Path) -> list[str]:
+    "Our arms, and the others whose code is in the folder."
+    return [n for n, (_, place) in ARMS.items() if not place or (peers/place).is_dir()]
 
 def add(adapters: Path | None) -> None:
     "Take the arms of a file of adapters, too."
@@ -159,14 +200,55 @@ def origin(folder: Path) -> dict:
     return dict(commit=commit, licence=next((k for k in ("MIT", "GNU GENERAL PUBLIC LICENSE Version 3", "Apache") if k in text), "no licence file"))
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers017
-def check_asked(o: argparse.Namespace) -> None:
-    "Raise `HidreamerError` for what would fail later."
-    arms = o.arms or list(ARMS)
+def check_arms(peers: Path, arms: list[str]) -> None:
+    "Raise `HidreamerError` for arms that cannot be compared."
     for n in arms:
         check(n in ARMS, "arms", n, f"must be of {', '.join(ARMS)}", "Name a file of --adapters that has it.")
-        check(not ARMS[n][1] or (o.peers/ARMS[n][1]).is_dir(), "peers", str(o.peers), f"has no folder {ARMS[n][1]}", "Clone the project there.")
+        check(not ARMS[n][1] or (peers/ARMS[n][1]).is_dir(), "peers", str(peers), f"has no folder {ARMS[n][1]}", "Clone the project there.")
     check(bool(set(arms) & set(OURS)), "arms", arms, f"must have one of {', '.join(OURS)} to compare with")
-    check(o.repeats >= 3, "repeats", o.repeats, "must be at least 3"); check(min(o.batches, default=1) >= 1, "batches", o.batches, "must be at least 1")
+    check(bool(set(arms) - set(OURS)), "peers", str(peers), f"has none of the folders {', '.join(place for _, place in ARMS.values() if place)}",
+          "For one, git clone https://github.com/NM512/dreamerv3-torch in it.")
+
+def start(peers: Path, names: list[str], precision: str, adapters: Path | None = None) -> dict[str, Process]:
+    "A process for every arm."
+    torch.set_num_threads(1)
+    return {n: Process(n, peers.resolve(), precision, adapters) for n in names}
+
+def cases(arms: dict[str, Process], batches: list[int] = BATCHES, repeats: int = 5, least: float = .3, train: bool = True) -> Iterator[dict]:
+    "Every case in turn: dreams by batch, then learning, all together and with our tokenizer frozen."
+    for batch in batches:
+        here = {n: a for n, a in arms.items() if batch <= 64 or n not in GRIDS}
+        horizon = {n: SHORT.get((n, batch), HORIZON) for n in here}
+        for n, a in here.items(): a.ask("imagine", batch, horizon[n])
+        yield report(f"imagine, batch {batch}", in_turns(here, horizon, repeats, least), batch, "steps_per_second", horizon=horizon)
+    for kind in ("joint", "frozen tokenizer") if train else ():
+        here = {n: a for n, a in arms.items() if kind in a.facts["trainers"] or (kind != "joint" and "joint" in a.facts["trainers"])}
+        for a in here.values(): a.ask("train", kind if kind in a.facts["trainers"] else "joint")
+        yield report(f"train, {kind}, {BATCH} x {LENGTH} frames", in_turns(here, dict.fromkeys(here, 1), repeats, 0.), BATCH * LENGTH, "frames_per_second")
+
+def by_model(r: dict) -> list[dict]:
+    "A case as rows of `hidreamer bench`, one for each of our models."
+    unit = next(k for k in r if k.endswith("_per_second"))
+    return [{"case": f"{r['case']}, {o}", unit: r[unit][o], "ms": r["ms"], "faster_than": faster, "repeats": r["repeats"][o]}
+            for o, faster in r["faster_than"].items()]
+
+def bench_peers(peers: Path, adapters: Path | None = None, **more) -> list[dict]:
+    """`hidreamer bench peers`: all arms whose code is in the folder, in this machine's fast precision. `more`: of `cases`.
+
+    Raises `HidreamerError` for a folder without any."""
+    check(peers.is_dir(), "peers", str(peers), "is not a folder", "Clone other projects into one, for example https://github.com/NM512/dreamerv3-torch.")
+    add(adapters); check_arms(peers, names := cloned(peers))
+    arms = start(peers, names, "bf16" if fast_bf16("cpu") else "fp32", adapters)
+    try: return [line for r in cases(arms, **more) for line in by_model(r)]
+    finally:
+        for a in arms.values(): a.close()
+
+# %% ../../nbs/61_evaluate.peers.ipynb #peers026
+def check_asked(o: argparse.Namespace) -> None:
+    "Raise `HidreamerError` for what would fail later."
+    check(o.repeats >= 3, "repeats", o.repeats, "must be at least 3")
+    check_arms(o.peers, o.arms or list(ARMS))
+    check(min(o.batches, default=1) >= 1, "batches", o.batches, "must be at least 1")
     check(o.out.resolve().parent.is_dir(), "out", str(o.out), "lies in a folder that does not exist")
 
 def main(arguments: list[str] | None = None) -> None:
@@ -179,24 +261,13 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=5); p.add_argument("--least", type=float, default=.3, help="seconds of a turn")
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16"); p.add_argument("--no-train", action="store_true")
     args = p.parse_args(arguments); add(args.adapters); check_asked(args)
-    torch.set_num_threads(1); began = time.time()
-    arms = {n: Process(n, args.peers.resolve(), args.precision, args.adapters) for n in args.arms or ARMS}
+    began, arms = time.time(), start(args.peers, args.arms or list(ARMS), args.precision, args.adapters)
     facts = {n: a.facts | dict(precision=args.precision) | (origin(args.peers/ARMS[n][1].split("/")[0]) if ARMS[n][1] else {}) for n, a in arms.items()}
     said = provenance() | dict(command="python -m hidreamer.evaluate.peers " + " ".join(arguments))
     out = dict(provenance=said, machine=machine(torch.device("cpu")) | dict(python=platform.python_version(), precision=args.precision), arms=facts, results=[])
-    def keep(r):
+    for r in cases(arms, args.batches, args.repeats, args.least, not args.no_train):
         out["results"].append(r); out["minutes"] = round((time.time() - began) / 60, 1)
         args.out.write_text(json.dumps(out, indent=1)); print(json.dumps(r), flush=True)
-    for batch in args.batches:
-        here = {n: a for n, a in arms.items() if batch <= 64 or n not in GRIDS}
-        horizon = {n: SHORT.get((n, batch), HORIZON) for n in here}
-        for n, a in here.items(): a.ask("imagine", batch, horizon[n])
-        keep(report(f"imagine, batch {batch}", in_turns(here, horizon, args.repeats, args.least), batch, "steps_per_second", horizon=horizon))
-    for kind in () if args.no_train else ("joint", "frozen tokenizer"):
-        here = {n: a for n, a in arms.items() if kind in a.facts["trainers"] or (kind != "joint" and "joint" in a.facts["trainers"])}
-        for a in here.values(): a.ask("train", kind if kind in a.facts["trainers"] else "joint")
-        keep(report(f"train, {kind}, {BATCH} x {LENGTH} frames", in_turns(here, dict.fromkeys(here, 1), args.repeats, 0.),
-                    BATCH * LENGTH, "frames_per_second"))
     for a in arms.values(): a.close()
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers019
