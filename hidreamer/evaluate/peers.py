@@ -25,7 +25,8 @@ from typing import TypeVar
 from unittest.mock import MagicMock
 import torch
 from torch import nn
-from ..core import autocast, check, count_parameters, fast_bf16, keep_memory
+from tqdm.auto import tqdm
+from ..core import HidreamerError, autocast, check, count_parameters, fast_bf16, keep_memory
 from .bench import coded, load_average, machine, quartiles, random_segment, row
 from ..run import provenance
 
@@ -170,9 +171,12 @@ class Process:
     def __init__(self, name: str, peers: Path, precision: str, adapters: Path | None = None):
         ctx = mp.get_context("spawn")
         self.pipe, far = ctx.Pipe(); self.process = ctx.Process(target=serve, args=(name, peers, precision, adapters, far), daemon=True)
-        self.process.start(); far.close(); self.facts = self.pipe.recv()
-    def ask(self, *order):
-        self.pipe.send(order); return self.pipe.recv()
+        self.name = name; self.process.start(); far.close(); self.facts = self.answer()
+    def ask(self, *order): self.pipe.send(order); return self.answer()
+    def answer(self):
+        "What the process sends; raises `HidreamerError` if it has ended."
+        try: return self.pipe.recv()
+        except EOFError as e: raise HidreamerError(f"arm={self.name!r}: its code stopped with the error above. Check its clone, or leave it out.") from e
     def close(self): self.pipe.send(None); self.process.join()
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers016
@@ -239,7 +243,8 @@ def bench_peers(peers: Path, adapters: Path | None = None, **more) -> list[dict]
     check(peers.is_dir(), "peers", str(peers), "is not a folder", "Clone other projects into one, for example https://github.com/NM512/dreamerv3-torch.")
     add(adapters); check_arms(peers, names := cloned(peers))
     arms = start(peers, names, "bf16" if fast_bf16("cpu") else "fp32", adapters)
-    try: return [line for r in cases(arms, **more) for line in by_model(r)]
+    total = len(more.get("batches", BATCHES)) + 2 * more.get("train", True)
+    try: return [line for r in tqdm(cases(arms, **more), f"{len(arms)} models", total, unit="case") for line in by_model(r)]
     finally:
         for a in arms.values(): a.close()
 

@@ -109,6 +109,7 @@ ARMS = {
     "original mask": dict(rule="original"),
     "plain causal mask": dict(rule="causal"),
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
+    "half the width": dict(width=128),
     "dense, equal active": dict(experts=(1,)),
     "dense, equal total": dict(experts=(1,)),                  # and wider
     "two experts in every layer": dict(experts=(2,)),

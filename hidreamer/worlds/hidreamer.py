@@ -332,7 +332,7 @@ class HiDreamer(WorldModel):
         "Places with another code on any level."
         return (new != old).unflatten(-1, (len(self.sizes), -1)).any(-2)
 
-    def places(self, logits: Float[Tensor, "n k"], changed: Bool[Tensor, "n k"]) -> tuple[Int[Tensor, "r"], Bool[Tensor, "r"], Bool[Tensor, "n k"]]:
+    def choose(self, logits: Float[Tensor, "n k"], changed: Bool[Tensor, "n k"]) -> tuple[Int[Tensor, "r"], Bool[Tensor, "r"], Bool[Tensor, "n k"]]:
         """The places that get new codes, as rows of all maps laid end to end; which of them change; and the same as a map.
 
         In each frame at most `changes`. A GPU, which must not wait for their number, takes so many always; a CPU those that change alone."""
@@ -349,7 +349,7 @@ class HiDreamer(WorldModel):
         rows, any_level = None, self.changed(after, before) if self.cfg.changes or self.cfg.foresee else None
         if self.cfg.changes:
             gate = F.binary_cross_entropy_with_logits(self.head.gate(x, any_level)[0], any_level.float(), reduction="none").sum(1).mean()
-            rows, some, asked = self.places(torch.rand_like(x[..., 0].flatten(1).float()), any_level)
+            rows, some, asked = self.choose(torch.rand_like(x[..., 0].flatten(1).float()), any_level)
             weight = any_level.sum(1) / asked.sum(1).clamp(min=1)                             # in a frame more may change than are looked at
             weight = some * weight[rows.div(self.sizes[0], rounding_mode="floor")]
             total, logs, x = total + gate, logs | dict(nll_gate=gate.detach()), self.head.settle(x, now, any_level)
@@ -412,7 +412,7 @@ class HiDreamer(WorldModel):
         x, levels = self.head.stem(h, now, state.before), codes.split(self.sizes, -1)
         if self.cfg.changes:
             logits, changed = self.head.gate(x, None, self.cfg.temperature)
-            rows, some, changed = self.places(logits.sigmoid(), changed)
+            rows, some, changed = self.choose(logits.sigmoid(), changed)
             x = self.head.settle(x, now, changed)
         for i, l in enumerate(self.head.passes):
             z, cells = self.head.read(i, x, said, rows), self.head.cells(i)
