@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 from unittest.mock import MagicMock
@@ -89,16 +90,15 @@ def dreamerv3(folder: Path) -> Arm:
     from types import SimpleNamespace
     import gymnasium as gym
     import numpy as np
-    import models
     from hidreamer.dreamerv3 import read_yaml
-    from models import ImagBehavior, WorldModel
+    models = import_module("models")                       # the clone's
     models.to_np = lambda x: x.detach().float().numpy()    # patched: NumPy knows no bf16
     book = read_yaml(folder/"configs.yaml")
     cfg = book["defaults"]
     for k, v in book["atari100k"].items(): cfg[k] = cfg[k] | v if isinstance(v, dict) else v
     cfg = SimpleNamespace(**cfg | dict(device="cpu", precision=16, num_actions=ACTIONS))     # 16: autocast, here to bf16
     spaces = gym.spaces.Dict(image=gym.spaces.Box(0, 255, (*cfg.size, 3), np.uint8))
-    world = WorldModel(spaces, None, 0, cfg); behaviour = ImagBehavior(cfg, world)
+    world = models.WorldModel(spaces, None, 0, cfg); behaviour = models.ImagBehavior(cfg, world)
     size = count_parameters(world), count_parameters(behaviour.actor) + count_parameters(behaviour.value)
     def dream(batch: int, horizon: int):
         world.eval()
