@@ -172,12 +172,18 @@ class Process:
         ctx = mp.get_context("spawn")
         self.pipe, far = ctx.Pipe(); self.process = ctx.Process(target=serve, args=(name, peers, precision, adapters, far), daemon=True)
         self.name = name; self.process.start(); far.close(); self.facts = self.answer()
-    def ask(self, *order): self.pipe.send(order); return self.answer()
-    def answer(self):
-        "What the process sends; raises `HidreamerError` if it has ended."
-        try: return self.pipe.recv()
-        except EOFError as e: raise HidreamerError(f"arm={self.name!r}: its code stopped with the error above. Check its clone, or leave it out.") from e
-    def close(self): self.pipe.send(None); self.process.join()
+    def ask(self, *order): return self.answer(order)
+    def answer(self, order: tuple | None = None):
+        "What the process sends, to an order or when it is ready; raises `HidreamerError` if it has ended."
+        try:
+            if order: self.pipe.send(order)
+            return self.pipe.recv()
+        except (EOFError, OSError) as e:
+            raise HidreamerError(f"arm={self.name!r}: its code stopped with the error above. Check its clone or leave it out.") from e
+    def close(self):
+        try: self.pipe.send(None)
+        except OSError: pass                              # it has ended already
+        self.process.join()
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers016
 def in_turns(arms: dict[str, Process], work: dict[str, float], repeats: int, least: float, slow: float = 20.) -> dict[str, list[float]]:
@@ -215,7 +221,6 @@ def check_arms(peers: Path, arms: list[str]) -> None:
 
 def start(peers: Path, names: list[str], precision: str, adapters: Path | None = None) -> dict[str, Process]:
     "A process for every arm."
-    torch.set_num_threads(1)
     return {n: Process(n, peers.resolve(), precision, adapters) for n in names}
 
 def cases(arms: dict[str, Process], batches: list[int] = BATCHES, repeats: int = 5, least: float = .3, train: bool = True) -> Iterator[dict]:

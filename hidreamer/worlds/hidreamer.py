@@ -332,13 +332,14 @@ class HiDreamer(WorldModel):
         "Places with another code on any level."
         return (new != old).unflatten(-1, (len(self.sizes), -1)).any(-2)
 
-    def choose(self, logits: Float[Tensor, "n k"], changed: Bool[Tensor, "n k"]) -> tuple[Int[Tensor, "r"], Bool[Tensor, "r"], Bool[Tensor, "n k"]]:
+    def choose(self, score: Float[Tensor, "n k"], changed: Bool[Tensor, "n k"]) -> tuple[Int[Tensor, "r"], Bool[Tensor, "r"], Bool[Tensor, "n k"]]:
         """The places that get new codes, as rows of all maps laid end to end; which of them change; and the same as a map.
 
-        In each frame at most `changes`. A GPU, which must not wait for their number, takes so many always; a CPU those that change alone."""
-        at = (changed + .5 * logits).topk(self.cfg.changes).indices                           # those that change come first
+        In each frame at most `changes`; `score`, in [0, 1], says which others to take.
+        A GPU, which must not wait for their number, takes so many always; a CPU those that change alone."""
+        at = (changed + .5 * score).topk(self.cfg.changes).indices                           # those that change come first
         rows, some = rows_of(at, changed.shape[1]), changed.gather(1, at).flatten()
-        if at_home(logits): rows, some = rows[some], some[some]
+        if at_home(score): rows, some = rows[some], some[some]
         return rows, some, torch.zeros_like(changed).scatter(1, at, changed.gather(1, at))
 
     def dynamics(self, codes: Int[Tensor, "b t n"], seg: Segment):
