@@ -9,6 +9,7 @@ __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cp
            'publish', 'folder_of']
 
 # %% ../nbs/60_train.ipynb #cell-003
+import copy
 import json
 import math
 import shutil
@@ -88,6 +89,7 @@ class TrainConfig(Config):
     eps: float = 1e-8               # AdamW
     weight_decay: float = 1e-3      # AdamW
     lr_end: float = 0.1             # learning rates fall to this share of their height; 1: they stay
+    ema: float = 0.                 # what acts and dreams is a mean of the weights over the last 1 / (1 - ema) world updates; 0: the last weights
     max_grad: float = 100.          # gradient norm, tokenizer and world each
     max_minutes: float = 0.         # stop learning after so long, then evaluate; 0: no limit
     save_every: int = 5_000         # steps between checkpoints; there is one every five minutes too
@@ -112,7 +114,8 @@ class TrainConfig(Config):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("near_rewards", "lr_end"): check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
-        check(0 <= self.beta2 < 1, "beta2", self.beta2, "must be in [0, 1)")
+        for name in ("beta2", "ema"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
+        check(not self.ema or self.world == "hidreamer", "ema", self.ema, f"is for world=hidreamer, not {self.world}", "Use --ema 0.")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -140,13 +143,13 @@ class TrainConfig(Config):
 # %% ../nbs/60_train.ipynb #cell-006
 def quick() -> TrainConfig:
     "Two CPU cores, a quarter of an hour."
-    return TrainConfig(max_minutes=13., model=small())
+    return TrainConfig(max_minutes=13., ema=.995, model=small())
 
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
     model = replace(model, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2.))
-    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., max_minutes=130.,
+    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., ema=.995, max_minutes=130.,
                        episodes=100, model=model)
 
 def atari100k() -> TrainConfig:
@@ -161,7 +164,7 @@ def atari100k() -> TrainConfig:
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."
     return TrainConfig(preset="debug", steps=384, random_steps=256, envs=4, block=64, warm_up=4, batch=4, length=8,
-                       replay_ratio=1., dream_ratio=4.,
+                       replay_ratio=1., dream_ratio=4., ema=.9,
                        dream_batch=8, dream_context=4, dream_repeat=2, horizon=4, episodes=2, save_every=128,
                        replay=ReplayConfig(capacity=1_000), model=tiny())
 
@@ -188,7 +191,7 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
         name, (small, dict(depth=16, blocks=1, warm=100)))
     work = dict(atari100k=dict(batch=64, length=16, lr=3e-4, tokens_lr=3e-4, weight_decay=1e-4, max_grad=1.),
                 debug=dict(batch=4, length=8)).get(name, dict(batch=8, length=14, replay_ratio=cfg.replay_ratio * 1.1))
-    cfg = replace(cfg, world=world, warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
+    cfg = replace(cfg, world=world, ema=0., warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
     updates = cfg.steps * cfg.replay_ratio / cfg.batch / cfg.length
     stages = dict(assign_after=round(.75 * cfg.warm_up), fine_tune=round(.75 * updates)) if first else {}
     levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=1., least=.15)
@@ -219,7 +222,7 @@ def preset(name: str, world: str = "hidreamer") -> TrainConfig:
     if world == "hidreamer": return cfg
     if world in ("shi", "original-shi"): return sparse(cfg, world)
     changes = recurrent(name)
-    return replace(cfg, world=world, **changes | dict(model=WORLDS[world][0](**changes["model"])))
+    return replace(cfg, world=world, ema=0., **changes | dict(model=WORLDS[world][0](**changes["model"])))
 
 # %% ../nbs/60_train.ipynb #d19fbf6a
 LOWER = dict(tokens="--batch", world="--batch or --length", behaviour="--dream-batch or --horizon", collect="--envs")     # needs less memory
@@ -236,14 +239,15 @@ class Trainer:
         self.agent, self.chance = make_agent(cfg, actions).to(self.device), RandomAgent(actions, seed=cfg.seed)
         if cfg.init and not any(cfg.folder.glob("checkpoints/step-*")): fill_agent(self.agent, cfg.init)
         self.run = Run(cfg.folder, cfg.to_dict())        # only now: a file that does not fit leaves no folder behind
-        self.world, self.policy = self.agent.world, self.agent.policy
+        self.policy, self.world = self.agent.policy, copy.deepcopy(self.agent.world) if cfg.ema else self.agent.world      # the agent's own acts and dreams
         self.learner = LEARNERS[cfg.learner][1](self.policy)
         rates = [g.get("lr_scale", 1.) * (cfg.tokens_lr if g["name"] == "tokens" else cfg.lr) for g in self.world.groups()]
         self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)], betas=(.9, cfg.beta2), eps=cfg.eps,
                                            weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"), capturable=self.device.type == "cuda")
         self.world_update, self.dream_update = Recorded(self.update_from), Recorded(self.dream_from)
         if cfg.compile:
-            for part in self.world.parts_to_compile(): part.compile()
+            for w in {self.world, self.agent.world}:
+                for part in w.parts_to_compile(): part.compile()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
         self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None
         self.unit = self.saving = 1.                     # seconds that a unit of work, and a checkpoint, may take
@@ -264,7 +268,8 @@ class Trainer:
         for g in optimizer["param_groups"]: g["lr"] = float(g["lr"])
         return dict(clock=dict(self.clock), optimizer=optimizer, learner=self.learner.state_dict(), rng=rng_state(), recent=self.recent,
                     seconds=dict(self.seconds), logs={k: list(v) for k, v in self.logs.items()}, row=self.row, judged=self.judged, restarts=self.envs.restarts,
-                    agent=agent, chance=self.chance.generator.get_state(), games=self.collector.state(), beside=beside(self.world))
+                    agent=agent, chance=self.chance.generator.get_state(), games=self.collector.state(), beside=beside(self.world),
+                    learned=self.world.state_dict() if self.cfg.ema else {})
 
     def save(self, training: dict | None = None):
         began = time.time()
@@ -281,6 +286,7 @@ class Trainer:
             self.check_training(t)
             self.optimizer.load_state_dict(t["optimizer"]); self.learner.load_state_dict(t["learner"])
             for g in self.optimizer.param_groups: g.update(capturable=self.device.type == "cuda", fused=self.device.type in ("cpu", "cuda"))
+            if self.cfg.ema: self.world.load_state_dict(t["learned"])
             self.clock |= dict(until=t["clock"]["steps"]) | t["clock"]
             self.recent, self.seconds, self.collector.steps = t["recent"], t["seconds"], self.clock["steps"]
             if "games" in t: self.put_back(t)
@@ -299,6 +305,7 @@ class Trainer:
         fits({k: v for k, v in own["learner"].items() if k != "optimizer"}, {k: v for k, v in t["learner"].items() if k != "optimizer"}, "learner")
         fits({k: own["clock"][k] for k in t["clock"]}, t["clock"], "clock")
         if t["clock"].get("until", 0) > t["clock"]["steps"] + max(self.cfg.block, self.cfg.random_steps): raise ValueError("clock.until is too far away")
+        if self.cfg.ema: fits(own["learned"], t["learned"], "learned")
         fits([0.] * len(t["recent"]), t["recent"], "recent"); fits(dict.fromkeys(t["seconds"], 0.), t["seconds"], "seconds")
         if not new: return
         if not all(len(v) == 2 and torch.as_tensor(v[0]).shape == () and v[1] >= 1 for v in t["logs"].values()): raise ValueError("logs are no sums")
@@ -322,12 +329,13 @@ class Trainer:
         if lost := self.collector.put_back(t["games"]): tqdm.write(f"{lost} of {self.cfg.envs} games could not be put back and begin anew")
         if t["agent"]["actions"] is None: return
         with torch.no_grad(), evaluating(self.agent), autocast(self.device, self.cfg.precision):
-            like = self.world.observe(self.agent._begin(self.collector.frames.to(self.device)))
+            world = self.agent.world
+            like = world.observe(self.agent._begin(self.collector.frames.to(self.device)))
             try: state, spare = (unpacked(like, t["agent"]["state"]) for _ in range(2))
             except ValueError: tqdm.write("the agent's memory is of another precision and begins anew"); return
             actions, c = t["agent"]["actions"].to(self.device), self.collector
-            seen = self.world.features(self.world.track(spare, actions, c.frames.to(self.device), c.first.to(self.device)))      # it is tried on a copy first
-            if seen.shape != self.world.features(like).shape: raise ValueError("a memory of another shape")
+            seen = world.features(world.track(spare, actions, c.frames.to(self.device), c.first.to(self.device)))      # it is tried on a copy first
+            if seen.shape != world.features(like).shape: raise ValueError("a memory of another shape")
         self.agent.state, self.agent.actions = state, actions
 
     # ---- the work
@@ -403,6 +411,15 @@ class Trainer:
         self.optimizer.step()
         self.world.after_update()
 
+    @torch.no_grad()
+    def follow(self):
+        "The world that acts and dreams follows the one that learns: a running mean of its weights; the tokenizer, and all that is no weight, as it is now."
+        if self.agent.world is self.world: return
+        n = self.clock["world"] / self.cfg.batch / self.cfg.length
+        for mine, theirs in zip(self.agent.world.groups(), self.world.groups()):
+            torch._foreach_lerp_(mine["params"], theirs["params"], 1. if mine["name"] == "tokens" else max(1 - self.cfg.ema, 1 / (n + 1)))
+        for mine, theirs in zip(self.agent.world.buffers(), self.world.buffers()): mine.copy_(theirs)
+
     def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
         "Segments, with their codes once the tokenizer learns no more."
         self.remember_codes()
@@ -422,13 +439,13 @@ class Trainer:
             self.world.learn_tokens = True; self.world.train()
             self.rates(self.clock["warm"] / self.cfg.warm_up)
             with autocast(self.device, self.cfg.precision): loss, logs = self.world.warm_up_loss(self.sample(self.cfg.batch * 4, 1))
-            self.update(loss, logs)
+            self.update(loss, logs); self.follow()
             self.clock["warm"] += 1
             self.note("tokens", logs)
 
     def settle_tokens(self):
         "After its warm-up the tokenizer learns on with the world, or no more."
-        self.world.learn_tokens = self.clock["steps"] < self.cfg.tokens_until
+        for w in (self.world, self.agent.world): w.learn_tokens = self.clock["steps"] < self.cfg.tokens_until
 
     def make_codes(self) -> bool:
         "Codes of a hundred rows of the replay, once the tokenizer learns no more; are there others? After a resume there are many."
@@ -443,6 +460,7 @@ class Trainer:
             self.settle_tokens(); self.world.train(); self.world.anneal(self.clock["steps"])
             self.rates(self.clock["world"] / self.frames_due(cfg.steps))
             logs = (self.world_update if self.recorded() else self.update_from)(*self.sample(cfg.batch, cfg.length, cfg.near_rewards).parts)
+            self.follow()
             self.clock["world"] += cfg.batch * cfg.length
             self.note("world", logs)
 
@@ -456,8 +474,8 @@ class Trainer:
         "One batch of dreams, and what the learner makes of it."
         cfg = self.cfg
         with self.timed("behaviour"):
-            self.settle_tokens(); self.world.eval()
-            starts = self.world.starts_per(cfg.dream_context)
+            self.settle_tokens(); self.agent.world.eval()
+            starts = self.agent.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
             logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, cfg.near_rewards, 2 * cfg.horizon).parts)
@@ -469,8 +487,8 @@ class Trainer:
     def dream_from(self, *parts: Tensor) -> dict[str, Tensor | float]:
         "The policy dreams on from the parts of a segment, and learns from that."
         with torch.no_grad(), autocast(self.device, self.cfg.precision):
-            state = self.world.repeat(self.world.starts(Segment(*parts)), self.cfg.dream_repeat)
-            rollout = imagine(self.world, self.policy, state, self.cfg.horizon)
+            world = self.agent.world
+            rollout = imagine(world, self.policy, world.repeat(world.starts(Segment(*parts)), self.cfg.dream_repeat), self.cfg.horizon)
         return self.learner.learn(rollout) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
@@ -550,20 +568,20 @@ class Trainer:
 
     def measure(self):
         "Rollout errors, costs and film, written to the run's folder; returns the scores of the agent's games and of the random policy's."
-        cfg, r = self.cfg, self.run
+        cfg, r, world = self.cfg, self.run, self.agent.world
         held = held_out(self.agent, cfg, cfg.seed)
         with autocast(self.device, cfg.precision):
-            errors = rollout_error(self.world, held, context=cfg.dream_context)
-            r.write_json("rollouts.json", errors.to_dict() | self.world.diagnose(held))
+            errors = rollout_error(world, held, context=cfg.dream_context)
+            r.write_json("rollouts.json", errors.to_dict() | world.diagnose(held))
             r.write_json("costs.json", self.costs(held))
-            dream(self.world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
+            dream(world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
         mine = evaluate(self.agent, cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
-        return mine, evaluate(RandomAgent(self.world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
+        return mine, evaluate(RandomAgent(world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
 
     def costs(self, held: list[Segment], rows: int = 64) -> dict:
         "What dreaming and learning cost: operations and seconds of a dream of `rows` rows, seconds of all learning."
-        state = self.world.observe(held[0][:, :self.cfg.dream_context].to(self.device))
-        cost = rollout_cost(self.world, self.world.repeat(state, rows), self.cfg.horizon)
+        state = self.agent.world.observe(held[0][:, :self.cfg.dream_context].to(self.device))
+        cost = rollout_cost(self.agent.world, self.agent.world.repeat(state, rows), self.cfg.horizon)
         return costs_json({self.cfg.world: cost}, training_seconds=sum(self.seconds.get(k, 0.) for k in ("tokens", "codes", "world", "behaviour")))
 
     def close(self): self.envs.close(); self.run.close()

@@ -250,8 +250,8 @@ def bench(what: str = "all",            # all, one of `PARTS`, or peers
     keep_memory()
     device, default = find_device(device), dict(imagination=12., train=6., growth=20., roofline=12.)
     torch.manual_seed(0); before = load_average()
-    results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)}
-    if what == "peers" or (what == "all" and peers): results["peers"] = bench_peers(peers, adapters)
+    theirs = dict(peers=bench_peers(peers, adapters)) if what == "peers" or (what == "all" and peers) else {}     # first: the folder may be wrong
+    results = {n: f(device, budget=default.get(n, 2.) * scale) for n, f in PARTS.items() if what in ("all", n)} | theirs
     report = dict(machine=machine(torch.device("cpu") if what == "peers" else device) | dict(load_before=before, peak_memory=memory()), results=results)
     if not quiet: print(js.dumps(report, indent=1) if json else table(report))
     return report

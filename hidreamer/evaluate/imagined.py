@@ -56,10 +56,10 @@ def hand_of(world) -> Callable | None:
     return lambda frames: torch.cat([tok.decode(tok.encode(x.to(device))).mul(255).round().to(torch.uint8).cpu() for x in frames.split(256, 1)], 1)
 
 class Maps(nn.Module):
-    "Paints a map of a picture (n h w) for every coordinate; gives its mean in pixels of the screen and how bright it is, as a logit (n k each)."
+    "Paints a map of a square picture (n 2 h w) for every coordinate; gives its mean in pixels of the screen and how bright it is, as a logit (n k each)."
     def __init__(self, names: list[str], size: int, width: int = 8, screen: tuple[int, int] = (160, 210)):
         super().__init__()
-        self.paint = nn.Sequential(nn.Conv2d(1, width, 5, padding=2), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+        self.paint = nn.Sequential(nn.Conv2d(2, width, 5, padding=2), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
                                    nn.Conv2d(width, len(names), 3, padding=1)).to(memory_format=torch.channels_last)         # faster, on a CPU
         across = [name.endswith("x") for name in names]
         rows, columns = (g.flatten() for g in torch.meshgrid(*[torch.arange(size) / size] * 2, indexing="ij"))
@@ -67,9 +67,8 @@ class Maps(nn.Module):
         self.scale = nn.Parameter(torch.tensor([float(screen[0] if x else screen[1]) for x in across])); self.shift = nn.Parameter(torch.zeros(len(names)))
         self.threshold = nn.Parameter(torch.full((len(names),), 2 * math.log(size)))           # the brightness of an empty map
 
-    def maps(self, x: Float[Tensor, "n h w"]) -> Float[Tensor, "n k hw"]:
-        return self.paint(4 * x[:, None].contiguous(memory_format=torch.channels_last)).flatten(2)
-    def forward(self, x: Float[Tensor, "n h w"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
+    def maps(self, x: Float[Tensor, "n 2 h w"]) -> Float[Tensor, "n k hw"]: return self.paint(x.contiguous(memory_format=torch.channels_last)).flatten(2)
+    def forward(self, x: Float[Tensor, "n 2 h w"]) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k"]]:
         m = self.maps(x)
         return (m.softmax(-1) * self.at).sum(-1) * self.scale + self.shift, m.logsumexp(-1) - self.threshold
 
@@ -80,6 +79,7 @@ class Reader:
     def __init__(self, game: str, episodes: list[tuple[Segment, np.ndarray]], hand: Callable | None = None, updates: int = 800, batch: int = 32, seed: int = 0):
         frames = torch.cat([e.frames[0] for e, _ in episodes])
         check(len(frames) >= 1000, "episodes", len(frames), "are too few frames to learn from", "Ask `labelled` for more steps.")
+        check(frames.shape[-1] == frames.shape[-2], "episodes", tuple(frames.shape[-2:]), "must have square frames")
         self.game, self.median = game, self.grey(frames[::max(1, len(frames) // 500)]).median(0).values
         things = ball_and_paddles(game, np.concatenate([m for _, m in episodes]))
         places, there = (torch.stack([torch.from_numpy(y[i]) for y in things.values()], 1) for i in (0, 1))
@@ -91,7 +91,7 @@ class Reader:
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, updates, pct_start=.1)
             for i in tqdm(range(updates), f"reader of {game}", unit="update", mininterval=1, leave=False):
                 rows = torch.randint(len(frames), (batch,))
-                y, sure = self.net(self.grey(pictures[i % len(pictures)][rows]) - self.median)
+                y, sure = self.net(self.show(pictures[i % len(pictures)][rows]))
                 where = F.smooth_l1_loss(y / 10, places[rows].float() / 10, reduction="none") * there[rows]
                 loss = where.mean() + F.binary_cross_entropy_with_logits(sure, there[rows].float())
                 optimizer.zero_grad(); loss.backward(); optimizer.step(); schedule.step()
@@ -99,10 +99,14 @@ class Reader:
 
     @staticmethod
     def grey(frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n h w"]: return (frames / 255. if frames.dtype == torch.uint8 else frames.float()).mean(1)
+    def show(self, frames: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2 h w"]:
+        "What the maps are painted from: the frame in grey, and how it differs from the median one, in which a thing that rests has its place."
+        x = self.grey(frames)
+        return torch.stack([x, 4 * (x - self.median)], 1)
     @torch.no_grad()
     def __call__(self, frames: Float[Tensor, "n c h w"]) -> dict[str, tuple[Float[Tensor, "n"], Float[Tensor, "n"]]]:
         "Name -> (where it seems to be, does it seem to be there: above .5). Frames are uint8, or in [0, 1]."
-        y, sure = (torch.cat(z) for z in zip(*(self.net(self.grey(x) - self.median) for x in frames.cpu().split(256))))
+        y, sure = (torch.cat(z) for z in zip(*(self.net(self.show(x)) for x in frames.cpu().split(256))))
         return {k: (y[:, i], sure[:, i].sigmoid()) for i, k in enumerate(self.names)}
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #4e3780eb

@@ -128,7 +128,9 @@ def cloned(peers: Path) -> list[str]:
 
 def add(adapters: Path | None) -> None:
     "Take the arms of a file of adapters, too."
-    if adapters: ARMS.update(runpy.run_path(str(adapters))["ARMS"])
+    if adapters is None: return
+    check(adapters.is_file(), "adapters", str(adapters), "is not a file", "Name a Python file that defines ARMS.")
+    ARMS.update(runpy.run_path(str(adapters))["ARMS"])
 
 # %% ../../nbs/61_evaluate.peers.ipynb #peers013
 def absent() -> None:
@@ -216,8 +218,8 @@ def check_arms(peers: Path, arms: list[str]) -> None:
         check(n in ARMS, "arms", n, f"must be of {', '.join(ARMS)}", "Name a file of --adapters that has it.")
         check(not ARMS[n][1] or (peers/ARMS[n][1]).is_dir(), "peers", str(peers), f"has no folder {ARMS[n][1]}", "Clone the project there.")
     check(bool(set(arms) & set(OURS)), "arms", arms, f"must have one of {', '.join(OURS)} to compare with")
-    check(bool(set(arms) - set(OURS)), "peers", str(peers), f"has none of the folders {', '.join(place for _, place in ARMS.values() if place)}",
-          "For one, git clone https://github.com/NM512/dreamerv3-torch in it.")
+    check(bool(set(arms) - set(OURS)), "arms", arms, f"must have one of another project: {', '.join(set(ARMS) - set(OURS))}",
+          f"For one, git clone https://github.com/NM512/dreamerv3-torch in {peers}.")
 
 def start(peers: Path, names: list[str], precision: str, adapters: Path | None = None) -> dict[str, Process]:
     "A process for every arm."
@@ -257,7 +259,7 @@ def bench_peers(peers: Path, adapters: Path | None = None, **more) -> list[dict]
 def check_asked(o: argparse.Namespace) -> None:
     "Raise `HidreamerError` for what would fail later."
     check(o.repeats >= 3, "repeats", o.repeats, "must be at least 3")
-    check_arms(o.peers, o.arms or list(ARMS))
+    check_arms(o.peers, o.arms)
     check(min(o.batches, default=1) >= 1, "batches", o.batches, "must be at least 1")
     check(o.out.resolve().parent.is_dir(), "out", str(o.out), "lies in a folder that does not exist")
 
@@ -267,11 +269,11 @@ def main(arguments: list[str] | None = None) -> None:
     p = argparse.ArgumentParser(prog="python -m hidreamer.evaluate.peers", description="Other projects' world models beside ours, in turns.")
     p.add_argument("--peers", type=Path, required=True, help="folder with the clones"); p.add_argument("--out", type=Path, required=True)
     p.add_argument("--adapters", type=Path, help="a file with more arms")
-    p.add_argument("--arms", nargs="+", help="of all"); p.add_argument("--batches", nargs="*", type=int, default=BATCHES)
+    p.add_argument("--arms", nargs="+", help="not given: all whose code is in the folder"); p.add_argument("--batches", nargs="*", type=int, default=BATCHES)
     p.add_argument("--repeats", type=int, default=5); p.add_argument("--least", type=float, default=.3, help="seconds of a turn")
     p.add_argument("--precision", choices=("bf16", "fp32"), default="bf16"); p.add_argument("--no-train", action="store_true")
-    args = p.parse_args(arguments); add(args.adapters); check_asked(args)
-    began, arms = time.time(), start(args.peers, args.arms or list(ARMS), args.precision, args.adapters)
+    args = p.parse_args(arguments); add(args.adapters); args.arms = args.arms or cloned(args.peers); check_asked(args)
+    began, arms = time.time(), start(args.peers, args.arms, args.precision, args.adapters)
     facts = {n: a.facts | dict(precision=args.precision) | (origin(args.peers/ARMS[n][1].split("/")[0]) if ARMS[n][1] else {}) for n, a in arms.items()}
     said = provenance() | dict(command="python -m hidreamer.evaluate.peers " + " ".join(arguments))
     out = dict(provenance=said, machine=machine(torch.device("cpu")) | dict(python=platform.python_version(), precision=args.precision), arms=facts, results=[])

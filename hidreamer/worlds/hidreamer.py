@@ -30,7 +30,7 @@ class HiDreamerConfig(Config):
     head_blocks: int = 2        # blocks shared by all passes; each pass has one more of its own
     halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
-    temperature: float = 1.     # of imagined codes, and of which places change; below 1 dreams are sharper than the model is sure
+    temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
     foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
     contrast: int = 0           # steps ahead of the action-conditioned contrastive loss (TWISTER uses 10); 0 = off
@@ -58,9 +58,9 @@ class LocalBlock(nn.Module):
         self.look = nn.Conv2d(d, d, 3, padding=1, groups=d)
         self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
         with torch.no_grad(): self.down.weight.mul_(.5)
-    def forward(self, x: Float[Tensor, "n h w d"]) -> Float[Tensor, "n h w d"]: return self.mix(x, self.look(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-    def at(self, x: Float[Tensor, "n h w d"], rows: Int[Tensor, "r"]) -> Float[Tensor, "r d"]:
-        "The same, at a few places alone."
+    def forward(self, x: Float[Tensor, "n h w d"], rows: Int[Tensor, "r"] | None = None):
+        "Of every place (n h w d), or of a few, given as rows of all maps laid end to end (r d)."
+        if rows is None: return self.mix(x, self.look(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
         kernel = self.look.weight.flatten(1).t().to(x.dtype)
         return self.mix(x.flatten(0, 2).index_select(0, rows), (around(x, rows) * kernel).sum(1) + self.look.bias.to(x.dtype))
     def mix(self, x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
@@ -114,14 +114,14 @@ class Gate(nn.Module):
         y = (y + self.look[i](y)).flatten(2).index_select(2, (self.black, self.white)[i])
         return self.out[i](y.transpose(1, 2))[..., 0].float()
 
-    def forward(self, x: Float[Tensor, "n h w d"], changed: Bool[Tensor, "n k"] | None, temperature: float = 1.):
+    def forward(self, x: Float[Tensor, "n h w d"], changed: Bool[Tensor, "n k"] | None):
         "Logits of all places and whether they change (n k): as `changed` says, or drawn."
         logits = torch.zeros(len(x), x[0, ..., 0].numel(), device=x.device)
         signs, drawn = torch.zeros_like(logits), torch.zeros_like(logits, dtype=torch.bool)
         for i, cells in enumerate((self.black, self.white)):
             part = self.colour(i, x, signs.view(x.shape[:3]) if i else None)
             logits = logits.index_copy(1, cells, part)
-            on = changed[:, cells] if changed is not None else torch.rand_like(part) < (part.detach() / temperature).sigmoid()
+            on = changed[:, cells] if changed is not None else torch.rand_like(part) < part.detach().sigmoid()
             drawn = drawn.index_copy(1, cells, on); signs = signs.index_copy(1, cells, on * 2. - 1)
         return logits, drawn
 
@@ -168,7 +168,7 @@ class CodeHead(nn.Module):
     def read(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "n k e"] | None, rows: Int[Tensor, "r"] | None = None):
         "What pass `i` makes of all places of its level (n k d), or of `rows` (r d), told the sum of what earlier passes have put on the finest grid."
         if said is not None: x = x + self.told[i - 1](said.to(x.dtype)).view(x.shape)
-        if rows is not None: return self.norm[i](self.level[i].at(x, rows))
+        if rows is not None: return self.norm[i](self.level[i](x, rows))
         x = self.level[i](x)
         if (g := self.grids[self.passes[i]]) < self.fine: x = x.unflatten(2, (g, -1)).unflatten(1, (g, -1)).mean((2, 4))
         return self.norm[i](x).flatten(1, 2)
@@ -406,30 +406,35 @@ class HiDreamer(WorldModel):
         before = self.spread(self.maps(state.codes)[0], 0) * ~first[:, None, None]
         return self.see(state.cache, self.tokenizer.encode(frames[:, None])[:, 0], before)
 
-    def step(self, state, action):
-        h = self.transformer.act(action, state.cache)
-        maps = self.maps(state.codes)
-        now, codes, said, rows = self.picture(maps), state.codes.clone(), None, None
-        x, levels = self.head.stem(h, now, state.before), codes.split(self.sizes, -1)
+    def paint(self, x: Float[Tensor, "b h w d"], now: Float[Tensor, "b k e"], codes: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+        "The next frame's codes, drawn pass by pass. `x`: what the passes share; `now`, `codes`: the present frame."
+        codes, said = codes.clone(), None
+        levels = codes.split(self.sizes, -1)                                                 # of the same memory
         if self.cfg.changes:
-            logits, changed = self.head.gate(x, None, self.cfg.temperature)
+            logits, changed = self.head.gate(x, None)
             rows, some, changed = self.choose(logits.sigmoid(), changed)
-            x = self.head.settle(x, now, changed)
+            x, k = self.head.settle(x, now, changed), changed.shape[1]
+            frame, place = rows.div(k, rounding_mode="floor"), rows % k
         for i, l in enumerate(self.head.passes):
-            z, cells = self.head.read(i, x, said, rows), self.head.cells(i)
-            if rows is None:
+            cells = self.head.cells(i)
+            if self.cfg.changes:
+                mine = some & torch.zeros_like(changed[0]).index_fill(0, cells, True)[place]
+                drawn = draw(self.logits(l, self.head.read(i, x, said, rows)), self.cfg.temperature).where(mine, levels[l][frame, place])
+                levels[l][frame, place] = drawn
+                m = self.embed(l, drawn) * mine[:, None]
+                m = m.new_zeros(changed.numel(), m.shape[-1]).index_copy(0, rows, m).view(*changed.shape, -1)
+            else:
+                z = self.head.read(i, x, said)
                 if len(cells) < self.sizes[l]: z = z[:, cells]
                 levels[l][:, cells] = drawn = draw(self.logits(l, z), self.cfg.temperature)
                 m = self.put(self.embed(l, drawn), l, cells)
-            else:
-                k = changed.shape[1]
-                mine = some & torch.zeros_like(changed[0]).index_fill(0, cells, True)[rows % k]
-                here = levels[l][rows.div(k, rounding_mode="floor"), rows % k]
-                drawn = draw(self.logits(l, z), self.cfg.temperature).where(mine, here)
-                levels[l][rows.div(k, rounding_mode="floor"), rows % k] = drawn
-                m = self.embed(l, drawn) * mine[:, None]
-                m = m.new_zeros(changed.numel(), m.shape[-1]).index_copy(0, rows, m).view(*changed.shape, -1)
             said = m if said is None else said + m
+        return codes
+
+    def step(self, state, action):
+        h, maps = self.transformer.act(action, state.cache), self.maps(state.codes)
+        now = self.picture(maps)
+        codes = self.paint(self.head.stem(h, now, state.before), now, state.codes)
         new = self.see(state.cache, codes, self.spread(maps[0], 0))
         reward = self.twohot.mean(self.reward(new.h)[:, :len(self.twohot.centres)])
         return Step(new, reward, self.cont(new.h)[:, 0].float().sigmoid())
