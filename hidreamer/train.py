@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cpu', 'atari100k', 'debug', 'small', 'tiny',
-           'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'make_parts',
+           'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'make_parts', 'follow',
            'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world',
            'publish', 'folder_of']
 
@@ -411,14 +411,9 @@ class Trainer:
         self.optimizer.step()
         self.world.after_update()
 
-    @torch.no_grad()
     def follow(self):
-        "The world that acts and dreams follows the one that learns: a running mean of its weights; the tokenizer, and all that is no weight, as it is now."
-        if self.agent.world is self.world: return
-        n = self.clock["world"] / self.cfg.batch / self.cfg.length
-        for mine, theirs in zip(self.agent.world.groups(), self.world.groups()):
-            torch._foreach_lerp_(mine["params"], theirs["params"], 1. if mine["name"] == "tokens" else max(1 - self.cfg.ema, 1 / (n + 1)))
-        for mine, theirs in zip(self.agent.world.buffers(), self.world.buffers()): mine.copy_(theirs)
+        "The world that acts and dreams follows the one that learns."
+        if self.cfg.ema: follow(self.agent.world, self.world, self.cfg.ema, self.clock["world"] / self.cfg.batch / self.cfg.length)
 
     def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
         "Segments, with their codes once the tokenizer learns no more."
@@ -637,6 +632,15 @@ def make_parts(cfg: TrainConfig, actions: int) -> tuple[WorldModel, nn.Module]:
     "World and policy as `cfg` describes them, untrained."
     world = WORLDS[cfg.world][1](cfg.model, actions)
     return world, LEARNERS[cfg.learner][0](world.feature_dim, actions, cfg.ppo if cfg.learner == "ppo" else cfg.actor_critic)
+
+@torch.no_grad()
+def follow(mean: WorldModel, world: WorldModel, ema: float, updates: float) -> None:
+    """Take a world's weights into their running mean; the tokenizer, and all that is no weight, as it is now.
+
+    A mean of all weights so far at first (`updates` earlier ones), later an exponential one with decay `ema`. Source: Polyak & Juditsky 1992."""
+    for mine, theirs in zip(mean.groups(), world.groups()):
+        torch._foreach_lerp_(mine["params"], theirs["params"], 1. if mine["name"] == "tokens" else max(1 - ema, 1 / (updates + 1)))
+    for mine, theirs in zip(mean.buffers(), world.buffers()): mine.copy_(theirs)
 
 def make_agent(cfg: TrainConfig, actions: int, device: str | None = None) -> Agent:
     "An agent as `cfg` describes it, untrained."

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'trained', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows', 'look', 'changed',
-           'Codes', 'learn', 'arm_row', 'speeds', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free',
-           'look_at', 'main']
+           'Codes', 'learn', 'arm_row', 'speeds', 'steady', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free',
+           'compare_model_free', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
+import copy
 import json
 import sys
 import time
@@ -29,7 +30,7 @@ from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
 from ..data.replay import Replay
 from ..evaluate.scores import evaluate
 from ..run import Run, provenance, write_atomic
-from ..train import load_world, preset
+from ..train import TrainConfig, follow, load_world, preset
 from ..worlds.hidreamer import HiDreamer, HiDreamerConfig, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
@@ -181,6 +182,37 @@ def speeds(base: HiDreamer, arms: list[str], batch: int = 128, budget: float = 2
         steps[arm] = lambda world=world, state=state: world.step(state, torch.zeros(batch, dtype=torch.long))
     with torch.no_grad(), autocast(device): return {k: quartiles(v) for k, v in paired(steps, device, repeats=7, budget=budget).items()}
 
+def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, ema: float = .995, asked: int = 6_000, command: str = "") -> dict:
+    """A run's world, learned anew from its replay at its first learning rate: the last weights beside their running mean.
+
+    So a world dreams early in a run, when the rate has not fallen yet, and the policy learns its first steps. What `out` holds already is not done again."""
+    keep_memory(); base, r = trained(run), Run(run)
+    cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
+    check(updates >= 1, "updates", updates, "must be at least 1"); check(0 < ema < 1, "ema", ema, "must be in (0, 1)")
+    replay, (shown, held) = Replay.load(c.replay_path or c.path), games_to_ask(cfg.env, asked)
+    reader, segs = Reader(cfg.env, shown, hand_of(base)), [e for e, _ in held]
+    settings = dict(run=Path(run).name, step=c.step, updates=updates, ema=ema, asked=asked)
+    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
+    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        if any(x["seed"] == seed for x in report["rows"]): continue
+        seed_everything(seed); world = HiDreamer(base.cfg, base.actions)
+        world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
+        mean, params = copy.deepcopy(world), next(g["params"] for g in world.groups() if g["name"] == "world")
+        opt = torch.optim.AdamW(params, cfg.lr, betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
+        for i in tqdm(range(updates), f"seed {seed}", unit="update", mininterval=1):
+            opt.param_groups[0]["lr"] = cfg.lr * min(1, (i + 1) / 50); world.train()
+            with autocast(torch.device("cpu"), cfg.precision): loss = world.loss(replay.sample(cfg.batch, cfg.length))[0]
+            opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, cfg.max_grad); opt.step(); world.after_update()
+            follow(mean, world, ema, i)
+        for which, w in (("last weights", world), ("their mean", mean)):
+            dream = imagined_state(w.eval(), reader, held, context=16, starts=512)
+            report["rows"].append(dict(seed=seed, weights=which, next=token_accuracy(w, segs), dream=dream.to_dict(),
+                                       rewards=imagined_rewards(w, segs, context=16, starts=512)))
+        write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
+    return report
+
 def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1500, frames: int = 40_000, batch: int = 8, length: int = 16,
            lr: float = 1e-3, asked: int = 6_000, design: str = "", command: str = "") -> dict:
     """Every arm from every seed, on the codes of one run's tokenizer and the same batches; what `out` holds already is not done again.
@@ -292,7 +324,7 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return report
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look RUN... --out FILE`, `ablate RUN --out FILE`, or `free GAME... --out FILE`"
+    "`python -m hidreamer.studies.atari look RUN... --out FILE`, `ablate RUN --out FILE`, `steady RUN --out FILE`, or `free GAME... --out FILE`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
     a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
@@ -301,7 +333,10 @@ def main(arguments: list[str] | None = None) -> None:
     b.add_argument("--arms", nargs="+", default=list(ARMS)); b.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     b.add_argument("--updates", type=int, default=1500); b.add_argument("--frames", type=int, default=40_000)
     b.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
-    for k in (a, b):
+    s = kinds.add_parser("steady", help="the last weights of a world beside their running mean"); s.add_argument("run", type=Path)
+    s.add_argument("--seeds", type=int, nargs="+", default=[0, 1]); s.add_argument("--ema", type=float, default=.995)
+    s.add_argument("--updates", type=int, default=1500)
+    for k in (a, b, s):
         k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
         k.add_argument("--out", type=Path, required=True)
     c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
@@ -311,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
     if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
+    elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, command)
     else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013
