@@ -66,7 +66,7 @@ class TrainConfig(Config):
     precision: str = "auto"         # bf16, fp32, or auto: bf16 where it is faster
     threads: int = 0                # CPU threads; 0: PyTorch's own choice
     record: bool = False            # on a GPU: play whole updates and dreams back as CUDA graphs
-    compile: bool = False           # fuse small operations with `torch.compile` (takes a minute)
+    compile: bool = False           # on a GPU: fuse small operations with `torch.compile` (takes a minute)
     steps: int = 12_000             # steps of the real game (one step is four frames)
     random_steps: int = 6_000       # of these, the first ones with random actions
     envs: int = 8                   # games played side by side
@@ -245,9 +245,8 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)], betas=(.9, cfg.beta2), eps=cfg.eps,
                                            weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"), capturable=self.device.type == "cuda")
         self.world_update, self.dream_update = Recorded(self.update_from), Recorded(self.dream_from)
-        if cfg.compile:
-            for w in {self.world, self.agent.world}:
-                for part in w.parts_to_compile(): part.compile()
+        if cfg.compile and self.device.type == "cuda":
+            for w in {self.world, self.agent.world}: w.fuse()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
         self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None
         self.unit = self.saving = 1.                     # seconds that a unit of work, and a checkpoint, may take

@@ -24,12 +24,14 @@ class Agent(nn.Module):
                  precision: str = "auto",                    # of the world's passes, as in `core.autocast`
                  seed: int = 0):                             # of the actions
         super().__init__()
-        here = next((p.device for p in world.parameters()), torch.device("cpu"))
-        self.device = here if device is None else find_device(str(device))
-        self.world, self.policy, self.precision = world.to(self.device), policy.to(self.device), precision
-        self.generator = torch.Generator(self.device)
+        self.world, self.policy, self.precision = world, policy, precision
+        self.to(self.device if device is None else find_device(str(device)))
+        self.generator = torch.Generator()
         self.seed(seed)
         self.reset()
+
+    @property
+    def device(self) -> torch.device: return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def seed(self, seed: int) -> None:
         "Fix the actions that will be sampled from now on."
@@ -52,9 +54,9 @@ class Agent(nn.Module):
         if self.actions is not None and len(self.actions) != len(frames): self.reset()
         with evaluating(self), autocast(self.device, self.precision):
             if self.state is None: self.state = self.world.observe(self._begin(frames))
-            else: self.state = self.world.track(self.state, self.actions, frames, first)
+            else: self.state = self.world.track(self.state, self.actions.to(self.device), frames, first)
             logits, _ = self.policy(self.world.features(self.state))
-        p = logits.float().softmax(-1)
+        p = logits.float().softmax(-1).cpu()             # drawn here, so that a seed means the same on every device
         self.actions = p.argmax(-1) if greedy else torch.multinomial(p, 1, generator=self.generator)[:, 0]
         return self.actions.to(here)
 

@@ -235,21 +235,23 @@ def _copy(self: Replay, data: dict[str, Tensor], row: int, to: int, n: int):
 
 # %% ../../nbs/11_data.replay.ipynb #rem00002
 @patch
-def remember(self: Replay, coder: Callable[[UInt8[Tensor, "1 n c h w"]], Int[Tensor, "1 n m"]] | None) -> None:
+def remember(self: Replay, coder: Callable[[UInt8[Tensor, "n t c h w"]], Int[Tensor, "n t m"]] | None) -> None:
     "From here on segments have `codes`, which `coder` makes of every picture once. None: no longer."
     self.coder, self.codes, self.coded = coder, None, 0
 
 @patch
 def encode(self: Replay, most: int | None = None) -> bool:
     "Codes of rows that have none yet, of `most` of them (None: of all); are there more? `sample` asks for all."
-    begin = max(self.coded, self.oldest)
-    for r in range(begin, self.rows if most is None else min(self.rows, begin + most)):
+    r = max(self.coded, self.oldest)
+    end = self.rows if most is None else min(self.rows, r + most)
+    while r < end:
         number, i = divmod(r, self.chunk_rows)
-        frames = self.chunks[number].data["frames"][:, i] if self.near is None else self.near["frames"][:, r % self.keep]
-        codes = self.coder(frames[None])[0]
+        at = r % self.keep; n = 1 if self.near is None else min(end - r, self.keep - at)     # on a CPU the same sums, whatever was coded before
+        frames = self.chunks[number].data["frames"][:, i:i + n] if self.near is None else self.near["frames"][:, at:at + n]
+        codes = self.coder(frames)
         if self.codes is None: self.codes = torch.zeros(self.num_envs, self.keep, codes.shape[-1], dtype=torch.int32, device=codes.device)
-        self.codes[:, r % self.keep] = codes
-        self.coded = r + 1
+        self.codes[:, at:at + n] = codes
+        self.coded = r = r + n
     return self.coded < self.rows
 
 # %% ../../nbs/11_data.replay.ipynb #cell-016

@@ -127,7 +127,9 @@ def hierarchical_attention(q: Float[Tensor, "b heads n hd"], k: Float[Tensor, "b
     check(q.shape[2] == steps * s, "q.shape[2]", q.shape[2], f"must be steps x slots = {steps} x {s}")
     if size is None: size = block_size(steps, rule, context, q.dtype) if at_home(q) else 0
     if size: return _Blocked.apply(q, k, v, tuple(slots), steps, rule, context, size)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_dense(tuple(slots), steps, rule, context, q.device))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_mask(tuple(slots), steps, rule, context, q.device))
 
+@torch.compiler.assume_constant_result
+def _mask(*which): return _dense(*which)
 @lru_cache(maxsize=256)
 def _dense(slots, steps, rule, context, device): return hierarchical_mask(slots, steps, rule, context).to(device)

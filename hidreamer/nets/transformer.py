@@ -142,6 +142,7 @@ def visible(cache: Cache, window: int, acting: bool) -> Float[Tensor, "b 1 q n"]
     return bias
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-012
+@torch.compiler.assume_constant_result
 def rope(step: int, steps: int, hd: int, device) -> tuple[Tensor, Tensor]:
     "Cosines and sines (steps hd/2) for environment steps `step`, `step + 1`, ... Source: RoFormer (Su et al. 2021), eq. 15."
     return _kept_rope(step, steps, hd, device) if step < 1024 else _rope(step, steps, hd, device)
@@ -163,6 +164,9 @@ def rotate(x: Float[Tensor, "b n j h hd"], cos, sin) -> Tensor:
 def lookup(q: Float[Tensor, "b h q hd"], k: Float[Tensor, "b h n hd"], v: Float[Tensor, "b h n hd"], bias) -> Float[Tensor, "b h q hd"]:
     "Attention of very few queries. On a CPU the fused kernel is 2-3 times slower at this than two batched products."
     b, h, m, d = q.shape
+    if torch.compiler.is_compiling():                    # written out, so that it is fused with what is around it
+        score = (q.unsqueeze(3) * k.unsqueeze(2)).float().sum(-1) * d ** -.5 + bias
+        return (score.softmax(-1).unsqueeze(-1) * v.unsqueeze(2)).sum(3).to(v.dtype)
     if not at_home(q) or b * h < 16: return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     score = torch.bmm((q * d ** -.5).reshape(b * h, m, d), k.flatten(0, 1).mT).view(b, h, m, -1).add_(bias)
     return torch.bmm(score.softmax(-1).flatten(0, 1), v.flatten(0, 1)).view(b, h, m, d)
@@ -182,18 +186,9 @@ class Attention(nn.Module):
         qk = rotate(F.rms_norm(qk.float(), qk.shape[-1:]) * self.gain, cos, sin).to(v.dtype)
         return *qk.permute(2, 0, 3, 1, 4).unbind(), v.transpose(1, 2)
 
-    def forward(self, x, cos, sin, slots, steps):
-        "All steps at once; also returns keys and values, for the cache."
-        q, k, v = self.project(x, cos, sin)
-        y = hierarchical_attention(q, k, v, slots, steps, self.cfg.rule, self.context)
-        return self.out(y.transpose(1, 2).flatten(2)), k, v
-
-    def push(self, x, cos, sin, cache, layer, acting, bias):
-        "Tokens of the present step, beside what the cache remembers."
-        q, k, v = self.project(x, cos, sin)
-        cache.write(layer, k, v, acting)
-        y = lookup(q.to(bias.dtype), cache.keys[layer], cache.values[layer], bias)
-        return self.out(y.transpose(1, 2).flatten(2))
+    def everywhere(self, q, k, v, slots, steps):
+        "All steps at once, under the mask."
+        return hierarchical_attention(q, k, v, slots, steps, self.cfg.rule, self.context)
 
 class Block(nn.Module):
     "x + attention(norm x), then x + mlp(norm x); the mlp is dense or a mixture of experts."
@@ -202,7 +197,16 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width)
         self.attention, e = Attention(cfg, layer), cfg.experts_of(layer)
         self.mlp = MoE(cfg.width, cfg.hidden, e, cfg.top_k) if e > 1 else SwiGLU(cfg.width, cfg.hidden)
-    def feed(self, x): return x + self.mlp(self.norm2(x))
+    def begin(self, x, cos, sin):
+        "Queries, keys, values (b h n hd)."
+        return self.attention.project(self.norm1(x), cos, sin)
+    def finish(self, x, y):
+        "With what attention found (b h n hd)."
+        x = x + self.attention.out(y.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+    def look(self, x, q, keys, values, bias):
+        "Beside what the cache remembers."
+        return self.finish(x, lookup(q.to(bias.dtype), keys, values, bias))
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-015
 class Stack(nn.Module):
@@ -252,9 +256,9 @@ class Stack(nn.Module):
         "All blocks over (b (t s) d); `keep(layer, k, v)` is shown every layer's keys and values."
         cos, sin = self.angles(0, steps, self.s, x.device)
         for i, block in enumerate(self.blocks):
-            y, k, v = block.attention(block.norm1(x), cos, sin, self.slots, steps)
+            q, k, v = block.begin(x, cos, sin)
             if keep: keep(i, k, v)
-            x = block.feed(x + y)
+            x = block.finish(x, block.attention.everywhere(q, k, v, self.slots, steps))
         return self.norm(x).unflatten(1, (steps, self.s))
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-016
@@ -286,24 +290,30 @@ class Transformer(Stack):
         keep = lambda layer, k, v: cache.fill(layer, *(a.detach().unflatten(2, (t, self.s)) for a in (k, v)))
         return self.run(self.tokens(x, F.pad(actions, (0, 1))), t, keep), cache
 
-    def push(self, x, cache, acting):
+    def push(self, x, cache, acting, fused):
         "Tokens of the present step (b m d) through all blocks."
         cos, sin = self.angles(cache.step, 1, 1, x.device)
         bias = {w: visible(cache, w, acting) for w in {self.cfg.context_of(i) for i in range(self.cfg.layers)}}
         x = x + (self.slot[-1:] if acting else self.slot[:-1])
-        for i, block in enumerate(self.blocks):
-            x = x + block.attention.push(block.norm1(x), cos, sin, cache, i, acting, bias[self.cfg.context_of(i)])
-            x = block.feed(x)
+        for i, (begin, look) in enumerate(self.fused if fused else [(block.begin, block.look) for block in self.blocks]):
+            q, k, v = begin(x, cos, sin)
+            cache.write(i, k, v, acting)
+            x = look(x, q, cache.keys[i], cache.values[i], bias[self.cfg.context_of(i)])
         return self.norm(x)
 
     @torch.no_grad()
-    def act(self, actions: Int[Tensor, "b"], cache: Cache) -> Float[Tensor, "b d"]:
-        "Take the present step's action; the output predicts what follows. Changes `cache` in place."
+    def act(self, actions: Int[Tensor, "b"], cache: Cache, fused: bool = False) -> Float[Tensor, "b d"]:
+        "Take the present step's action; the output predicts what follows. Changes `cache` in place. `fused`: with the parts that `fuse` made."
         check(cache.step >= 0, "cache.step", cache.step, "nothing was seen yet", "Call `see` first.")
-        return self.push(self.action(actions).unsqueeze(1), cache, True)[:, 0]
+        return self.push(self.action(actions).unsqueeze(1), cache, True, fused)[:, 0]
 
     @torch.no_grad()
-    def see(self, x: Float[Tensor, "b m d"], cache: Cache) -> Float[Tensor, "b m d"]:
+    def see(self, x: Float[Tensor, "b m d"], cache: Cache, fused: bool = False) -> Float[Tensor, "b m d"]:
         "The next step's level tokens, all at once. Changes `cache` in place."
         cache.step += 1
-        return self.push(x, cache, False)
+        return self.push(x, cache, False, fused)
+
+    def fuse(self) -> None:
+        "Fuse the small operations of a step with `torch.compile`."
+        fuse = functools.partial(torch.compile, dynamic=False)
+        self.fused = [(fuse(block.begin), fuse(block.look)) for block in self.blocks]

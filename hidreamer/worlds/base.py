@@ -64,9 +64,8 @@ class WorldModel(nn.Module):
         return {}
 
     steady = False                  # are the operations of an update and of a dream always the same, so that a GPU may record them?
-    def parts_to_compile(self) -> list[nn.Module]:
-        "Modules that `torch.compile` makes faster on a GPU: small operations in a row. Nothing by default."
-        return []
+    def fuse(self) -> None:
+        "Have `torch.compile` fuse the small operations of updates and dreams, for a GPU. For a few sizes: each one takes its time. Nothing by default."
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
     @property
     def coder(self) -> Callable | None:

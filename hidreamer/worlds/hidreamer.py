@@ -191,10 +191,12 @@ def nats(logits: Float[Tensor, "... c"], codes: Int[Tensor, "..."]) -> Float[Ten
     return F.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view_as(codes)
 
 def draw(logits: Float[Tensor, "... c"], temperature: float, block: int = 16) -> Int[Tensor, "..."]:
-    """One sample from each row of logits, by inverting its cumulative distribution: one random number a row.
+    """One sample from each row of logits, by inverting its cumulative distribution: one random number a row. (On a GPU, where random
+    numbers cost nothing, the largest of the logits with Gumbel noise.)
 
     In two stages, first a block of codes, then a code inside it: cumulative sums over 16 numbers are several times faster than over 256.
     Probabilities, and their sums over blocks, have the precision of `logits`; what is added up further is float32."""
+    if not at_home(logits): return (logits.float() / temperature - torch.rand_like(logits, dtype=torch.float32).log().neg().log()).argmax(-1)
     with torch.autocast(logits.device.type, enabled=False): p = (logits / temperature).softmax(-1)
     if missing := -p.shape[-1] % block: p = F.pad(p, (0, missing))
     p = p.unflatten(-1, (-1, block))
@@ -226,7 +228,7 @@ class HiDreamer(WorldModel):
         if cfg.contrast: self.contrast = Contrast(cfg, actions)
         if cfg.foresee: self.foresee = nn.Linear(width, len(cfg.foresee) * self.sizes[0])
         self.feature_dim = width + self.fine ** 2 * cfg.code_dim
-        self.learn_tokens = True
+        self.learn_tokens, self.fused = True, False
 
     @property
     def coder(self): return None if self.learn_tokens else self.tokenizer.encode
@@ -235,7 +237,9 @@ class HiDreamer(WorldModel):
         return self.tokenizer.encode(seg.frames) if seg.codes is None or self.learn_tokens else seg.codes
     @property
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
-    def parts_to_compile(self): return [m for m in self.head.modules() if isinstance(m, LocalBlock)]
+    def fuse(self):
+        self.transformer.fuse(); self.fused = True
+        for name in ("dynamics", "imagined", "outcome", "look"): setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
@@ -396,15 +400,12 @@ class HiDreamer(WorldModel):
         before = first[:, -2] if seg.time > 1 else torch.zeros_like(first[:, -1])
         return DreamState(cache, codes[:, -1], before, y[:, -1, -2])
 
-    def see(self, cache: Cache, codes, before) -> DreamState:
-        "The next frame's codes enter the memory."
-        return DreamState(cache, codes, before, self.transformer.see(self.level_tokens(self.maps(codes)), cache)[:, -1])
-
     def track(self, state, action, frames, first):
         self.transformer.act(action, state.cache)
         state.cache.reset(first)
         before = self.spread(self.maps(state.codes)[0], 0) * ~first[:, None, None]
-        return self.see(state.cache, self.tokenizer.encode(frames[:, None])[:, 0], before)
+        codes = self.tokenizer.encode(frames[:, None])[:, 0]
+        return DreamState(state.cache, codes, before, self.transformer.see(self.level_tokens(self.maps(codes)), state.cache)[:, -1])
 
     def paint(self, x: Float[Tensor, "b h w d"], now: Float[Tensor, "b k e"], codes: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
         "The next frame's codes, drawn pass by pass. `x`: what the passes share; `now`, `codes`: the present frame."
@@ -432,14 +433,22 @@ class HiDreamer(WorldModel):
         return codes
 
     def step(self, state, action):
-        h, maps = self.transformer.act(action, state.cache), self.maps(state.codes)
-        now = self.picture(maps)
-        codes = self.paint(self.head.stem(h, now, state.before), now, state.codes)
-        new = self.see(state.cache, codes, self.spread(maps[0], 0))
-        reward = self.twohot.mean(self.reward(new.h)[:, :len(self.twohot.centres)])
-        return Step(new, reward, self.cont(new.h)[:, 0].float().sigmoid())
+        h = self.transformer.act(action, state.cache, self.fused)
+        codes, before, tokens = self.imagined(h, state.codes, state.before)
+        h = self.transformer.see(tokens, state.cache, self.fused)[:, -1]
+        return Step(DreamState(state.cache, codes, before, h), *self.outcome(h))
 
-    def features(self, state): return torch.cat([state.h.float(), self.picture(self.maps(state.codes)).flatten(1).float()], -1)
+    def imagined(self, h, codes, before):
+        "The next frame's codes, what will then be `before`, and the tokens that enter the memory."
+        maps = self.maps(codes); now = self.picture(maps)
+        codes = self.paint(self.head.stem(h, now, before), now, codes)
+        return codes, self.spread(maps[0], 0), self.level_tokens(self.maps(codes))
+    def outcome(self, h):
+        "Expected reward and probability that the episode goes on."
+        return self.twohot.mean(self.reward(h)[:, :len(self.twohot.centres)]), self.cont(h)[:, 0].float().sigmoid()
+
+    def look(self, h, codes): return torch.cat([h.float(), self.picture(self.maps(codes)).flatten(1).float()], -1)
+    def features(self, state): return self.look(state.h, state.codes)
     def decode(self, state): return self.tokenizer.decode(state.codes[:, None])[:, 0]
     def by_level(self, seg):
         "Real frames rebuilt from the codes of L0, of L0 and L1, and so on."
