@@ -119,7 +119,7 @@ def apply_experts(x: Float[Tensor, "n d"], chosen: Int[Tensor, "n k"], weight: F
         y = Permute.apply(grouped_matmul(F.silu(a) * b, down, ends), rows, tokens).unflatten(0, (-1, k)) * weight
         return y.squeeze(1) if k == 1 else y.sum(1), counts
 
-# %% ../../nbs/31_nets.moe.ipynb #cell-013
+# %% ../../nbs/31_nets.moe.ipynb #few00002a
 FEW = 8       # experts up to which a GPU asks them all
 
 def ask_all(x: Float[Tensor, "n d"], chosen: Int[Tensor, "n k"], weight: Float[Tensor, "n k"],
@@ -133,6 +133,7 @@ def ask_all(x: Float[Tensor, "n d"], chosen: Int[Tensor, "n k"], weight: Float[T
         a, b = (x @ up.transpose(0, 1).flatten(1)).unflatten(-1, (experts, -1)).chunk(2, -1)
         return (F.silu(a) * b * gate.unsqueeze(-1)).flatten(1) @ down.flatten(0, 1), mine.sum((0, 1))
 
+# %% ../../nbs/31_nets.moe.ipynb #cell-013
 class MoE(nn.Module):
     """A feed-forward layer in which a token uses `top_k` of `experts`, and a shared one.
 

@@ -33,6 +33,7 @@ class TransformerConfig(Config):
     time_every: int = 1                          # only every n-th layer looks at the past, the others at their own step
     mlp: float = 4.                              # hidden units of a plain MLP / width; the gated one has as many parameters
     corrupt: float = 0.                          # share of past level tokens that training replaces by another row's
+    dropout: float = 0.                          # share of what a layer adds that training leaves out (Srivastava et al. 2014)
     z_loss: float = 1e-3                         # weight of the routers' z-loss
 
     def check(self):
@@ -43,7 +44,7 @@ class TransformerConfig(Config):
         check(self.context > 0, "context", self.context, "must be at least 1 step")
         check(self.rule in RULES, "rule", self.rule, f"must be one of {', '.join(RULES)}")
         check(1 <= self.time_every <= self.layers, "time_every", self.time_every, "must lie between 1 and layers")
-        check(0 <= self.corrupt < 1, "corrupt", self.corrupt, "must be a probability below 1")
+        for name in ("corrupt", "dropout"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be a probability below 1")
         most = min(e for e in self.experts if e > 1) if max(self.experts) > 1 else self.top_k
         check(1 <= self.top_k <= most, "top_k", self.top_k, f"must lie between 1 and the number of experts, {most}")
         return self
@@ -194,7 +195,7 @@ class Block(nn.Module):
     "x + attention(norm x), then x + mlp(norm x); the mlp is dense or a mixture of experts."
     def __init__(self, cfg: TransformerConfig, layer: int):
         super().__init__()
-        self.norm1, self.norm2 = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width)
+        self.norm1, self.norm2, self.dropout = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width), cfg.dropout
         self.attention, e = Attention(cfg, layer), cfg.experts_of(layer)
         self.mlp = MoE(cfg.width, cfg.hidden, e, cfg.top_k) if e > 1 else SwiGLU(cfg.width, cfg.hidden)
     def begin(self, x, cos, sin):
@@ -202,8 +203,9 @@ class Block(nn.Module):
         return self.attention.project(self.norm1(x), cos, sin)
     def finish(self, x, y):
         "With what attention found (b h n hd)."
-        x = x + self.attention.out(y.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.some(self.attention.out(y.transpose(1, 2).flatten(2)))
+        return x + self.some(self.mlp(self.norm2(x)))
+    def some(self, y): return F.dropout(y, self.dropout, self.training) if self.dropout else y
     def look(self, x, q, keys, values, bias):
         "Beside what the cache remembers."
         return self.finish(x, lookup(q.to(bias.dtype), keys, values, bias))
@@ -313,7 +315,7 @@ class Transformer(Stack):
         cache.step += 1
         return self.push(x, cache, False, fused)
 
-    def fuse(self) -> None:
+    def fuse(self, backend: str = "inductor") -> None:
         "Fuse the small operations of a step with `torch.compile`."
-        fuse = functools.partial(torch.compile, dynamic=False)
+        fuse = functools.partial(torch.compile, dynamic=False, backend=backend)
         self.fused = [(fuse(block.begin), fuse(block.look)) for block in self.blocks]

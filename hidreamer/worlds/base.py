@@ -64,7 +64,7 @@ class WorldModel(nn.Module):
         return {}
 
     steady = False                  # are the operations of an update and of a dream always the same, so that a GPU may record them?
-    def fuse(self) -> None:
+    def fuse(self, backend: str = "inductor") -> None:
         "Have `torch.compile` fuse the small operations of updates and dreams, for a GPU. For a few sizes: each one takes its time. Nothing by default."
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
     @property

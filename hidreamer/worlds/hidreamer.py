@@ -53,9 +53,9 @@ class HiDreamerConfig(Config):
 # %% ../../nbs/41_worlds.hidreamer.ipynb #cell-009
 class LocalBlock(nn.Module):
     "Looks at the 3x3 neighbourhood (depthwise), then mixes channels. Source: ConvNeXt (Liu et al. 2022), sec. 2.6."
-    def __init__(self, d: int):
+    def __init__(self, d: int, dropout: float = 0.):
         super().__init__()
-        self.look = nn.Conv2d(d, d, 3, padding=1, groups=d)
+        self.look, self.dropout = nn.Conv2d(d, d, 3, padding=1, groups=d), dropout
         self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
         with torch.no_grad(): self.down.weight.mul_(.5)
     def forward(self, x: Float[Tensor, "n h w d"], rows: Int[Tensor, "r"] | None = None):
@@ -64,7 +64,8 @@ class LocalBlock(nn.Module):
         kernel = self.look.weight.flatten(1).t().to(x.dtype)
         return self.mix(x.flatten(0, 2).index_select(0, rows), (around(x, rows) * kernel).sum(1) + self.look.bias.to(x.dtype))
     def mix(self, x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
-        return x + self.down(F.silu(self.up(self.norm(y))))
+        y = self.down(F.silu(self.up(self.norm(y))))
+        return x + (F.dropout(y, self.dropout, self.training) if self.dropout else y)
 
 def rows_of(at: Int[Tensor, "n m"], places: int) -> Int[Tensor, "nm"]:
     "Where the places `at` of each map are in all maps laid end to end."
@@ -138,12 +139,13 @@ class CodeHead(nn.Module):
         self.whole = nn.Linear(width, d)
         self.inp = nn.Linear(2 * cfg.code_dim + cfg.place_dim, d)
         self.position = nn.Parameter(torch.randn(self.fine, self.fine, d) * .02)
-        self.trunk = nn.Sequential(*(LocalBlock(d) for _ in range(cfg.head_blocks)))
+        block = lambda: LocalBlock(d, cfg.transformer.dropout)
+        self.trunk = nn.Sequential(*(block() for _ in range(cfg.head_blocks)))
         split = [chessboard(g) if l < cfg.halves and g > 1 else [list(range(g * g))] for l, g in enumerate(t.grids)]
         self.passes = [l for l, parts in enumerate(split) for _ in parts]                    # the level of each
         for i, cells in enumerate(sum(split, [])): self.register_buffer(f"cells{i}", torch.tensor(cells), persistent=False)
         self.told = nn.ModuleList(nn.Linear(cfg.code_dim, d) for _ in self.passes[1:])
-        self.level = nn.ModuleList(LocalBlock(d) for _ in self.passes)
+        self.level = nn.ModuleList(block() for _ in self.passes)
         self.gate = Gate(d, self.fine) if cfg.changes else None
         if cfg.changes: self.still, self.flag = nn.Linear(cfg.code_dim, d), nn.Parameter(torch.zeros(d))
         self.norm = nn.ModuleList(nn.LayerNorm(d) for _ in self.passes)
@@ -237,9 +239,9 @@ class HiDreamer(WorldModel):
         return self.tokenizer.encode(seg.frames) if seg.codes is None or self.learn_tokens else seg.codes
     @property
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
-    def fuse(self):
-        self.transformer.fuse(); self.fused = True
-        for name in ("dynamics", "imagined", "outcome", "look"): setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+    def fuse(self, backend="inductor"):
+        self.transformer.fuse(backend); self.fused = True
+        for name in ("dynamics", "imagined", "outcome", "look"): setattr(self, name, torch.compile(getattr(self, name), dynamic=False, backend=backend))
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
