@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .behave.agent import Agent, RandomAgent
 from .behave.dreamer import ActorCritic, ActorCriticConfig, ActorCriticPolicy
-from .behave.imagine import evaluating, imagine
+from .behave.imagine import Experience, evaluating, imagine
 from .behave.ppo import PPO, Policy, PPOConfig
 from .core import Config, HidreamerError, Segment, autocast, check, find_device, keep_memory, nearest, seed_everything
 from .data.envs import EnvConfig, Games, game_id, make_envs
@@ -115,7 +115,8 @@ class TrainConfig(Config):
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("near_rewards", "lr_end"): check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         for name in ("beta2", "ema"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        check(not self.ema or self.world == "hidreamer", "ema", self.ema, f"is for world=hidreamer, not {self.world}", "Use --ema 0.")
+        for name, x, off in (("ema", self.ema, "--ema"), ("ppo.real", self.ppo.real, "--ppo.real")):
+            check(not x or self.world == "hidreamer", name, x, f"is for world=hidreamer, not {self.world}", f"Use {off} 0.")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -481,9 +482,13 @@ class Trainer:
     def dream_from(self, *parts: Tensor) -> dict[str, Tensor | float]:
         "The policy dreams on from the parts of a segment, and learns from that."
         with torch.no_grad(), autocast(self.device, self.cfg.precision):
-            world = self.agent.world
-            rollout = imagine(world, self.policy, world.repeat(world.starts(Segment(*parts)), self.cfg.dream_repeat), self.cfg.horizon)
-        return self.learner.learn(rollout) if isinstance(self.learner, PPO) else self.learner.update(rollout)
+            world, seg, real = self.agent.world, Segment(*parts), None
+            if self.cfg.ppo.real:
+                state, seen = world.watch(seg)
+                real = Experience(*(x.transpose(0, 1) for x in (seen, seg.rewards[:, :-1], 1 - seg.terminated[:, :-1].float())))
+            else: state = world.starts(seg)
+            rollout = imagine(world, self.policy, world.repeat(state, self.cfg.dream_repeat), self.cfg.horizon)
+        return self.learner.learn(rollout, real) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
     def frames_due(self, steps: int) -> float:

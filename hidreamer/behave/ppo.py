@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .imagine import Rollout
+from .imagine import Experience, Rollout
 from ..core import Config, check, typed
 from ..device import at_home
 from ..worlds.base import TwoHot, mlp
@@ -46,12 +46,13 @@ class PPOConfig(Config):
     minibatches: int = 4       # optimiser steps per pass
     max_grad: float = 0.5      # gradient norm, of actor and of critic
     target_kl: float = 0.03    # no further pass once the policy has moved this far (nats); 0 = never stop
+    real: float = 0.           # weight of the critic's loss on real rewards, beside those of dreams (DreamerV3 has .3)
 
     def check(self):
         for names, ok, rule in ((("hidden", "layers", "epochs", "minibatches"), lambda x: x >= 1, "must be at least 1"),
                                 (("unimix", "gamma", "lam"), lambda x: 0 <= x <= 1, "must lie in [0, 1]"),
                                 (("clip", "lr", "max_grad"), lambda x: x > 0, "must be above 0"),
-                                (("entropy", "target_kl"), lambda x: x >= 0, "must not be negative")):
+                                (("entropy", "target_kl", "real"), lambda x: x >= 0, "must not be negative")):
             for name in names: check(ok(getattr(self, name)), f"ppo.{name}", getattr(self, name), rule)
         return super().check()
 
@@ -116,11 +117,11 @@ class PPO:
                                           capturable=device.type == "cuda")
         self.range, self.updates = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)    # running 5-95% range of returns
 
-    def update(self, r: Rollout) -> dict[str, float]:
-        "Several passes over one rollout of this very policy; returns what to log."
-        return {k: float(v) for k, v in self.learn(r).items()}
+    def update(self, r: Rollout, real: Experience | None = None) -> dict[str, float]:
+        "Several passes over one rollout of this very policy; returns what to log. With `real`, the critic learns from that, too."
+        return {k: float(v) for k, v in self.learn(r, real).items()}
 
-    def learn(self, r: Rollout) -> dict[str, Tensor]:
+    def learn(self, r: Rollout, real: Experience | None = None) -> dict[str, Tensor]:
         "`update`, with tensors to log. It asks the device nothing, so that a GPU can record it, if `target_kl` is 0."
         cfg, w = self.cfg, r.weights / r.weights.mean()
         mean = lambda x: (w * x).mean()
@@ -129,10 +130,12 @@ class PPO:
         scale, centre = self.measure(targets.where(r.weights >= 0.5, torch.nan)), 0.
         if not cfg.return_norm: centre = mean(adv); scale = mean((adv - centre) ** 2).sqrt().clamp(min=1e-6)
         flat = [x.flatten(0, 1) for x in (r.features[:-1], r.actions, r.logp, (adv - centre) / scale, targets, w)]
-        logs, n = [], len(flat[0])
+        logs, n, shuffled = [], len(flat[0]), lambda n: torch.randperm(n) if at_home(w) else torch.rand(n, device=w.device).argsort()
+        true = [] if real is None else [x.flatten(0, 1) for x in self.judged(real)]
         for _ in range(cfg.epochs):
-            order = (torch.randperm(n) if at_home(w) else torch.rand(n, device=w.device).argsort()).chunk(cfg.minibatches)
-            logs.append([self.minibatch(*(x[i] for x in flat)) for i in order])
+            order = shuffled(n).chunk(cfg.minibatches)
+            others = shuffled(len(true[0])).chunk(cfg.minibatches) if true else [None] * len(order)
+            logs.append([self.minibatch(*(x[i] for x in flat), *(x[j] for x in true)) for i, j in zip(order, others)])
             if cfg.target_kl and torch.stack([log["kl"] for log in logs[-1]]).mean() > cfg.target_kl: break
         self.policy.norm.update(r.features[:-1])
         steps = sum(logs, [])
@@ -141,27 +144,34 @@ class PPO:
         return {k: torch.stack([log[k] for log in steps]).mean() for k in steps[0]} | dict(
             reward=r.returns.mean(), value=mean(r.values[:-1]), scale=scale, steps=torch.full_like(scale, len(steps)), explained=explained)
 
+    @torch.no_grad()
+    def judged(self, real: Experience) -> tuple[Float[Tensor, "t b d"], Float[Tensor, "t b"]]:
+        "Features of real states, and the returns that the critic should have expected there: lambda-returns that end in its own guess."
+        values = self.policy(real.features)[1]
+        return real.features[:-1], gae(real.rewards, values, real.conts, self.cfg.gamma, self.cfg.lam) + values[:-1]
+
     def measure(self, returns: Float[Tensor, "t b"]) -> Float[Tensor, ""]:
         "Take the 5-95% range of `returns`, those that are NaN left out, into its running mean; that, or 1 if it is less. Source: DreamerV3, eq. 7."
         x = returns.flatten()[:2**24]                        # `nanquantile` takes no more
         self.range.lerp_(x.nanquantile(.95) - x.nanquantile(.05), share(self.updates)); self.updates += 1
         return self.range.clamp(min=1.)
 
-    def minibatch(self, features, actions, old, adv, targets, w) -> dict[str, Tensor]:
-        "One optimiser step on rows (n ...) of a rollout."
+    def minibatch(self, features, actions, old, adv, targets, w, seen=None, returns=None) -> dict[str, Tensor]:
+        "One optimiser step on rows (n ...) of a rollout; and on real states `seen` (m d) with their `returns` (m)."
         cfg, (logp, bins) = self.cfg, self.policy.heads(features)
         new = logp.gather(-1, actions[:, None])[:, 0]
         ratio = (new - old).exp()
         gain = torch.minimum(ratio * adv, ratio.clamp(1 - cfg.clip, 1 + cfg.clip) * adv)
         entropy = -(logp.exp() * logp).sum(-1)
         actor, critic = -(w * (gain + cfg.entropy * entropy)).mean(), (w * self.policy.twohot.loss(bins, targets)).mean()
+        truth = torch.zeros_like(critic) if seen is None else self.policy.twohot.loss(self.policy.heads(seen)[1], returns).mean()
         self.optimizer.zero_grad(set_to_none=True)
-        (actor + critic).backward()
+        (actor + critic + cfg.real * truth).backward()
         for net in (self.policy.actor, self.policy.critic): nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad)
         self.optimizer.step()
         logs = dict(actor=actor, critic=critic, entropy=(w * entropy).mean(), kl=(w * (ratio - 1 - (new - old))).mean(),
                     clipped=(w * ((ratio - 1).abs() > cfg.clip)).mean())
-        return {k: v.detach() for k, v in logs.items()}
+        return {k: v.detach() for k, v in (logs if seen is None else logs | dict(truth=truth)).items()}
 
     def state_dict(self) -> dict:
         "Everything but the policy: optimiser and range of returns. Survives `torch.load(weights_only=True)`."

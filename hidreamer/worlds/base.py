@@ -53,6 +53,9 @@ class WorldModel(nn.Module):
     def starts(self, seg: Segment) -> Any:
         "States to dream from: by default the ones after the last frames. A recurrent world gives one for every frame."
         return self.observe(seg)
+    def watch(self, seg: Segment) -> tuple[Any, Float[Tensor, "b t d"]]:
+        "`observe`, and the features after every frame."
+        raise NotImplementedError
     def starts_per(self, time: int) -> int:
         "How many states `starts` gives for a segment of `time` frames."
         return 1

@@ -394,13 +394,15 @@ class HiDreamer(WorldModel):
         return sum(parts, h.new_zeros(())) / max(1, len(parts))             # 0 if the segment is too short for any
 
     # ---- living
-    def observe(self, seg: Segment) -> DreamState:
+    def observe(self, seg: Segment) -> DreamState: return self.watch(seg, False)[0]
+    def watch(self, seg, every=True):
         codes = self.codes(seg)
         maps = self.maps(codes)
         y, cache = self.transformer.prefill(self.level_tokens(maps), seg.actions[:, :-1])
         first = self.spread(maps[0], 0)
         before = first[:, -2] if seg.time > 1 else torch.zeros_like(first[:, -1])
-        return DreamState(cache, codes[:, -1], before, y[:, -1, -2])
+        seen = torch.cat([y[:, :, -2].float(), self.picture(maps).flatten(2).float()], -1) if every else None
+        return DreamState(cache, codes[:, -1], before, y[:, -1, -2]), seen
 
     def track(self, state, action, frames, first):
         self.transformer.act(action, state.cache)
