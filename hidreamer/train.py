@@ -156,8 +156,9 @@ def cpu() -> TrainConfig:
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
     net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32)
-    return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=10_000, batch=32, length=32,
-                       replay_ratio=64., dream_ratio=256., dream_batch=1024, dream_context=16, lr=3e-4, tokens_lr=1e-3, episodes=100, save_every=10_000,
+    return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=2_500, batch=32, length=32,
+                       replay_ratio=32., dream_ratio=256., dream_batch=1024, dream_context=16, near_rewards=.3, lr=3e-4, tokens_lr=1e-3, ema=.995,
+                       episodes=100, save_every=50_000,
                        ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, target_kl=0.),
                        model=HiDreamerConfig(tokens=TokenizerConfig(cell_weight=5.), temperature=.5, transformer=net, head_width=96, head_blocks=3,
                                              halves=3, changes=24))

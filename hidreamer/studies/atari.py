@@ -10,6 +10,7 @@ __all__ = ['ARMS', 'trained', 'still_codes', 'at_temperature', 'games_to_ask', '
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
@@ -112,6 +113,7 @@ ARMS = {
     "plain causal mask": dict(rule="causal"),
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
     "half the width": dict(width=128),
+    "dropout": dict(dropout=.1),
     "dense, equal active": dict(experts=(1,)),
     "dense, equal total": dict(experts=(1,)),                  # and wider
     "two experts in every layer": dict(experts=(2,)),
@@ -131,7 +133,7 @@ class Codes:
     "Episodes as codes, and windows of them."
     def __init__(self, world: HiDreamer, episodes: list[Segment]):
         self.episodes, self.codes = episodes, [world.tokenizer.encode(e.frames) for e in episodes]
-    def sample(self, batch: int, length: int, generator: torch.Generator) -> tuple[Int[Tensor, "b t n"], Segment]:
+    def sample(self, batch: int, length: int, generator: torch.Generator) -> Segment:
         "Random windows; their frames are left out."
         room = torch.tensor([max(0, e.time - length + 1) for e in self.episodes])
         rows = []
@@ -140,19 +142,19 @@ class Codes:
             e = self.episodes[i][:, p:p + length]
             rows.append((self.codes[i][:, p:p + length], e.actions, e.rewards, e.terminated, e.first))
         codes, *rest = (torch.cat(x) for x in zip(*rows))
-        return codes, Segment(codes[..., :0], *rest)
+        return Segment(codes[..., :0], *rest, codes=codes)
 
-def learn(world: HiDreamer, data: Codes, updates: int, batch: int, length: int, lr: float, seed: int, name: str = "") -> list[dict]:
-    "Train everything but the tokenizer; every fiftieth update's logs."
-    device, generator, out = next(world.parameters()).device, torch.Generator().manual_seed(seed), []
+def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: float, lr_end: float = .1, name: str = "",
+          after: Callable[[int], None] = lambda i: None) -> list[dict]:
+    "Train everything but the tokenizer on segments with codes, `after` every update's number; every fiftieth update's logs."
+    device, out = next(world.parameters()).device, []
     params = next(g["params"] for g in world.groups() if g["name"] == "world")
     opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=1e-3, fused=True)
     world.learn_tokens = False; world.train()
     for i in tqdm(range(updates), desc=name, unit="update", mininterval=1):
-        opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 50) * (1 - .9 * i / updates)
-        codes, seg = data.sample(batch, length, generator)
-        with autocast(device): loss, logs = world.dynamics(codes.to(device), seg.to(device))
-        opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, 100.); opt.step(); world.after_update()
+        opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 50) * (1 - (1 - lr_end) * i / updates)
+        with autocast(device): loss, logs = world.loss(sample().to(device))
+        opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, 100.); opt.step(); world.after_update(); after(i)
         if (i + 1) % 50 == 0 or i + 1 == updates: out.append(dict(update=i + 1) | {k: float(v) for k, v in logs.items()})
     return out
 
@@ -162,8 +164,8 @@ def arm_row(base: HiDreamer, arm: str, seed: int, data: Codes, shown: list, held
     "One arm, trained from one seed on `base`'s codes, and what it can do."
     seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
     world.tokenizer.load_state_dict(base.tokenizer.state_dict())
-    begin = time.process_time()
-    curve = learn(world, data, updates, batch, length, lr, seed, f"{arm}, seed {seed}")
+    begin, generator = time.process_time(), torch.Generator().manual_seed(seed)
+    curve = learn(world, lambda: data.sample(batch, length, generator), updates, lr, name=f"{arm}, seed {seed}")
     seconds = time.process_time() - begin
     segs, t = [e for e, _ in held], world.transformer
     load = [(m.load * m.experts).tolist() for m in t.moes]
@@ -182,34 +184,38 @@ def speeds(base: HiDreamer, arms: list[str], batch: int = 128, budget: float = 2
         steps[arm] = lambda world=world, state=state: world.step(state, torch.zeros(batch, dtype=torch.long))
     with torch.no_grad(), autocast(device): return {k: quartiles(v) for k, v in paired(steps, device, repeats=7, budget=budget).items()}
 
-def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, ema: float = .995, asked: int = 6_000, command: str = "") -> dict:
+def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, ema: float = .995, asked: int = 6_000,
+           near_rewards: tuple[float, ...] = (0.,), arms: tuple[str, ...] = ("as it is",), command: str = "") -> dict:
     """A run's world, learned anew from its replay at its first learning rate: the last weights beside their running mean.
 
-    So a world dreams early in a run, when the rate has not fallen yet, and the policy learns its first steps. What `out` holds already is not done again."""
+    So a world dreams early in a run, when the rate has not fallen yet, and the policy learns its first steps. Every arm learns with every one of
+    `near_rewards`. What `out` holds already is not done again."""
     keep_memory(); base, r = trained(run), Run(run)
     cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
     check(updates >= 1, "updates", updates, "must be at least 1"); check(0 < ema < 1, "ema", ema, "must be in (0, 1)")
+    for share in near_rewards: check(0 <= share <= 1, "near_rewards", share, "must be in [0, 1]")
+    for arm in arms: changed(base.cfg, arm)
     replay, (shown, held) = Replay.load(c.replay_path or c.path), games_to_ask(cfg.env, asked)
-    reader, segs = Reader(cfg.env, shown, hand_of(base)), [e for e, _ in held]
+    reader, segs, device = Reader(cfg.env, shown, hand_of(base)), [e for e, _ in held], torch.device("cpu")
+    def coder(frames: Tensor) -> Tensor:
+        with autocast(device, cfg.precision): return base.tokenizer.encode(frames)
+    replay.remember(coder)
     settings = dict(run=Path(run).name, step=c.step, updates=updates, ema=ema, asked=asked)
     report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
     check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for seed in seeds:
-        if any(x["seed"] == seed for x in report["rows"]): continue
-        seed_everything(seed); world = HiDreamer(base.cfg, base.actions)
+    for seed, share, arm in itertools.product(seeds, near_rewards, arms):
+        key = dict(seed=seed, arm=arm, near_rewards=share)
+        if any(key.items() <= x.items() for x in report["rows"]): continue
+        seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
         world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
-        mean, params = copy.deepcopy(world), next(g["params"] for g in world.groups() if g["name"] == "world")
-        opt = torch.optim.AdamW(params, cfg.lr, betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
-        for i in tqdm(range(updates), f"seed {seed}", unit="update", mininterval=1):
-            opt.param_groups[0]["lr"] = cfg.lr * min(1, (i + 1) / 50); world.train()
-            with autocast(torch.device("cpu"), cfg.precision): loss = world.loss(replay.sample(cfg.batch, cfg.length))[0]
-            opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, cfg.max_grad); opt.step(); world.after_update()
-            follow(mean, world, ema, i)
+        mean = copy.deepcopy(world)
+        learn(world, lambda: replay.sample(cfg.batch, cfg.length, near_rewards=share), updates, cfg.lr, 1., f"{arm}, {share:g} near rewards, seed {seed}",
+              lambda i: follow(mean, world, ema, i))
         for which, w in (("last weights", world), ("their mean", mean)):
             dream = imagined_state(w.eval(), reader, held, context=16, starts=512)
-            report["rows"].append(dict(seed=seed, weights=which, next=token_accuracy(w, segs), dream=dream.to_dict(),
-                                       rewards=imagined_rewards(w, segs, context=16, starts=512)))
+            report["rows"].append(key | dict(weights=which, next=token_accuracy(w, segs), dream=dream.to_dict(),
+                                             rewards=imagined_rewards(w, segs, context=16, starts=512)))
         write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
     return report
 
@@ -335,7 +341,8 @@ def main(arguments: list[str] | None = None) -> None:
     b.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
     s = kinds.add_parser("steady", help="the last weights of a world beside their running mean"); s.add_argument("run", type=Path)
     s.add_argument("--seeds", type=int, nargs="+", default=[0, 1]); s.add_argument("--ema", type=float, default=.995)
-    s.add_argument("--updates", type=int, default=1500)
+    s.add_argument("--updates", type=int, default=1500); s.add_argument("--arms", nargs="+", default=["as it is"])
+    s.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
     for k in (a, b, s):
         k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
         k.add_argument("--out", type=Path, required=True)
@@ -346,7 +353,7 @@ def main(arguments: list[str] | None = None) -> None:
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
     if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
-    elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, command)
+    elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, o.near_rewards, o.arms, command)
     else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013
