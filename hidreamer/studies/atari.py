@@ -19,7 +19,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 import numpy as np
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
