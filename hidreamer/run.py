@@ -30,6 +30,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from importlib import metadata
@@ -441,6 +442,7 @@ class Run:
                  config: dict | None = None,        # nested plain config, as from `Config.to_dict`
                  keep: int = 2,                     # newest checkpoints kept, and the best one
                  free: tuple[str, ...] = FREE,      # fields that may differ from the config on disk
+                 complete: Callable[[dict], dict] = lambda old: old,    # gives a config on disk the fields that it is too old to have
                  tensorboard: bool = True):         # write TensorBoard events too
         self.path, self.keep, self.tensorboard = Path(path).expanduser().absolute(), keep, tensorboard
         self._log = self._writer = None
@@ -451,7 +453,7 @@ class Run:
         self.config = json.loads(json.dumps(config))   # tuples become lists, as they will when read back
         try:
             old = self.read_config() if (self.path/"config.json").exists() else None
-            if old is not None: self.compare(old, free)
+            if old is not None: self.compare(complete(old), free)
             self._settle()
             if old != self.config: self.write_json("config.json", self.config)
         except BaseException: self.close(); raise

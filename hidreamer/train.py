@@ -240,7 +240,7 @@ class Trainer:
         actions = int(self.envs.single_action_space.n)
         self.agent, self.chance = make_agent(cfg, actions).to(self.device), RandomAgent(actions, seed=cfg.seed)
         if cfg.init and not any(cfg.folder.glob("checkpoints/step-*")): fill_agent(self.agent, cfg.init)
-        self.run = Run(cfg.folder, cfg.to_dict())        # only now: a file that does not fit leaves no folder behind
+        self.run = Run(cfg.folder, cfg.to_dict(), complete=lambda old: TrainConfig.from_dict(old).to_dict())     # only now: a misfit leaves no folder behind
         self.policy, self.world = self.agent.policy, copy.deepcopy(self.agent.world) if cfg.ema else self.agent.world      # the agent's own acts and dreams
         self.learner = LEARNERS[cfg.learner][1](self.policy)
         rates = [g.get("lr_scale", 1.) * (cfg.tokens_lr if g["name"] == "tokens" else cfg.lr) for g in self.world.groups()]
