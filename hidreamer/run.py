@@ -453,7 +453,7 @@ class Run:
         self.config = json.loads(json.dumps(config))   # tuples become lists, as they will when read back
         try:
             old = self.read_config() if (self.path/"config.json").exists() else None
-            if old is not None: self.compare(complete(old), free)
+            if old is not None: self.compare(json.loads(json.dumps(complete(old))), free)
             self._settle()
             if old != self.config: self.write_json("config.json", self.config)
         except BaseException: self.close(); raise
