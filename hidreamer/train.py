@@ -66,7 +66,7 @@ class TrainConfig(Config):
     precision: str = "auto"         # bf16, fp32, or auto: bf16 where it is faster
     threads: int = 0                # CPU threads; 0: PyTorch's own choice
     record: bool = False            # on a GPU: play whole updates and dreams back as CUDA graphs
-    compile: bool = False           # on a GPU: fuse small operations with `torch.compile` (takes a minute)
+    compile: bool = False           # on a GPU: fuse small operations with `torch.compile` (takes two minutes)
     steps: int = 12_000             # steps of the real game (one step is four frames)
     random_steps: int = 6_000       # of these, the first ones with random actions
     envs: int = 8                   # games played side by side
@@ -117,6 +117,8 @@ class TrainConfig(Config):
         for name in ("beta2", "ema"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         for name, x, off in (("ema", self.ema, "--ema"), ("ppo.real", self.ppo.real, "--ppo.real")):
             check(not x or self.world == "hidreamer", name, x, f"is for world=hidreamer, not {self.world}", f"Use {off} 0.")
+        check(not self.ppo.real or self.learner == "ppo" and self.dream_context > 1, "ppo.real", self.ppo.real,
+              "needs --learner ppo and a --dream-context above 1")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -149,13 +151,13 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    model = replace(model, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2.))
+    model = replace(model, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2., dropout=.1))
     return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., ema=.995, max_minutes=130.,
                        episodes=100, model=model)
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
-    net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32)
+    net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32, dropout=.1)
     return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=2_500, batch=32, length=32,
                        replay_ratio=32., dream_ratio=256., dream_batch=1024, dream_context=16, near_rewards=.3, lr=3e-4, tokens_lr=1e-3, ema=.995,
                        episodes=100, save_every=50_000,
@@ -462,7 +464,7 @@ class Trainer:
 
     def update_from(self, *parts: Tensor) -> dict[str, Tensor]:
         "The world learns from the parts of a segment."
-        with autocast(self.device, self.cfg.precision): loss, logs = self.world.loss(Segment(*parts))
+        with autocast(self.device, self.cfg.precision), self.world.fused(): loss, logs = self.world.loss(Segment(*parts))
         self.update(loss, logs)
         return logs
 
@@ -474,7 +476,8 @@ class Trainer:
             starts = self.agent.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
-            logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, cfg.near_rewards, 2 * cfg.horizon).parts)
+            near = 0. if cfg.ppo.real else cfg.near_rewards                  # a reward that lies ahead is none that the critic hears of
+            logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, near, 2 * cfg.horizon).parts)
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)
@@ -482,7 +485,7 @@ class Trainer:
 
     def dream_from(self, *parts: Tensor) -> dict[str, Tensor | float]:
         "The policy dreams on from the parts of a segment, and learns from that."
-        with torch.no_grad(), autocast(self.device, self.cfg.precision):
+        with torch.no_grad(), autocast(self.device, self.cfg.precision), self.agent.world.fused():
             world, seg, real = self.agent.world, Segment(*parts), None
             if self.cfg.ppo.real:
                 state, seen = world.watch(seg)

@@ -134,7 +134,7 @@ class PPO:
         true = [] if real is None else [x.flatten(0, 1) for x in self.judged(real)]
         for _ in range(cfg.epochs):
             order = shuffled(n).chunk(cfg.minibatches)
-            others = shuffled(len(true[0])).chunk(cfg.minibatches) if true else [None] * len(order)
+            others = shuffled(len(true[0])).tensor_split(len(order)) if true else [None] * len(order)
             logs.append([self.minibatch(*(x[i] for x in flat), *(x[j] for x in true)) for i, j in zip(order, others)])
             if cfg.target_kl and torch.stack([log["kl"] for log in logs[-1]]).mean() > cfg.target_kl: break
         self.policy.norm.update(r.features[:-1])

@@ -297,10 +297,11 @@ class Transformer(Stack):
         cos, sin = self.angles(cache.step, 1, 1, x.device)
         bias = {w: visible(cache, w, acting) for w in {self.cfg.context_of(i) for i in range(self.cfg.layers)}}
         x = x + (self.slot[-1:] if acting else self.slot[:-1])
-        for i, (begin, look) in enumerate(self.fused if fused else [(block.begin, block.look) for block in self.blocks]):
-            q, k, v = begin(x, cos, sin)
+        begin, look = self.fast if fused else (Block.begin, Block.look)
+        for i, block in enumerate(self.blocks):
+            q, k, v = begin(block, x, cos, sin)
             cache.write(i, k, v, acting)
-            x = look(x, q, cache.keys[i], cache.values[i], bias[self.cfg.context_of(i)])
+            x = look(block, x, q, cache.keys[i], cache.values[i], bias[self.cfg.context_of(i)])
         return self.norm(x)
 
     @torch.no_grad()
@@ -317,5 +318,4 @@ class Transformer(Stack):
 
     def fuse(self, backend: str = "inductor") -> None:
         "Fuse the small operations of a step with `torch.compile`."
-        fuse = functools.partial(torch.compile, dynamic=False, backend=backend)
-        self.fused = [(fuse(block.begin), fuse(block.look)) for block in self.blocks]
+        self.fast = [torch.compile(f, dynamic=False, backend=backend) for f in (Block.begin, Block.look)]

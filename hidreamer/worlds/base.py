@@ -7,6 +7,7 @@ __all__ = ['Step', 'WorldModel', 'symlog', 'symexp', 'TwoHot', 'mlp', 'CopyWorld
 
 # %% ../../nbs/40_worlds.base.ipynb #cell-003
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 import torch
@@ -68,7 +69,10 @@ class WorldModel(nn.Module):
 
     steady = False                  # are the operations of an update and of a dream always the same, so that a GPU may record them?
     def fuse(self, backend: str = "inductor") -> None:
-        "Have `torch.compile` fuse the small operations of updates and dreams, for a GPU. For a few sizes: each one takes its time. Nothing by default."
+        "Have `torch.compile` fuse the small operations of updates and dreams, for a GPU; they are used inside `fused()`. Nothing by default."
+    def fused(self):
+        "A block in which a world is as `fuse` made it. For updates and dreams, which have one size: every other size is compiled anew."
+        return nullcontext()
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
     @property
     def coder(self) -> Callable | None:

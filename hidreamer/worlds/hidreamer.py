@@ -7,6 +7,7 @@ __all__ = ['HiDreamerConfig', 'LocalBlock', 'rows_of', 'around', 'CodeTable', 'c
            'nats', 'draw', 'HiDreamer', 'Contrast', 'token_accuracy']
 
 # %% ../../nbs/41_worlds.hidreamer.ipynb #cell-003
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
@@ -230,7 +231,7 @@ class HiDreamer(WorldModel):
         if cfg.contrast: self.contrast = Contrast(cfg, actions)
         if cfg.foresee: self.foresee = nn.Linear(width, len(cfg.foresee) * self.sizes[0])
         self.feature_dim = width + self.fine ** 2 * cfg.code_dim
-        self.learn_tokens, self.fused = True, False
+        self.learn_tokens, self.fast, self.parts = True, {}, {}         # fused functions: all, and those in use
 
     @property
     def coder(self): return None if self.learn_tokens else self.tokenizer.encode
@@ -240,8 +241,14 @@ class HiDreamer(WorldModel):
     @property
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
     def fuse(self, backend="inductor"):
-        self.transformer.fuse(backend); self.fused = True
-        for name in ("dynamics", "imagined", "outcome", "look"): setattr(self, name, torch.compile(getattr(self, name), dynamic=False, backend=backend))
+        parts = [HiDreamer.dynamics, HiDreamer.imagined, HiDreamer.outcome, HiDreamer.look]
+        self.transformer.fuse(backend); self.fast = {f.__name__: torch.compile(f, dynamic=False, backend=backend) for f in parts}
+    @contextmanager
+    def fused(self):
+        self.parts = self.fast
+        try: yield
+        finally: self.parts = {}
+    def part(self, name: str, *x): return self.parts.get(name, getattr(type(self), name))(self, *x)
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
@@ -286,7 +293,7 @@ class HiDreamer(WorldModel):
     def loss(self, seg: Segment):
         "Nats per frame of the next codes, of reward and continuation; plus the tokenizer's loss while `learn_tokens`."
         check(seg.time >= 2, "segment.time", seg.time, "must be at least 2 steps")
-        loss, logs = self.dynamics(self.codes(seg), seg)
+        loss, logs = self.part("dynamics", self.codes(seg), seg)
         if self.learn_tokens:
             extra, more = self.tokenizer.loss(seg.frames)
             loss, logs = loss + extra, logs | {f"tokens/{k}": v for k, v in more.items()}
@@ -437,10 +444,10 @@ class HiDreamer(WorldModel):
         return codes
 
     def step(self, state, action):
-        h = self.transformer.act(action, state.cache, self.fused)
-        codes, before, tokens = self.imagined(h, state.codes, state.before)
-        h = self.transformer.see(tokens, state.cache, self.fused)[:, -1]
-        return Step(DreamState(state.cache, codes, before, h), *self.outcome(h))
+        h = self.transformer.act(action, state.cache, bool(self.parts))
+        codes, before, tokens = self.part("imagined", h, state.codes, state.before)
+        h = self.transformer.see(tokens, state.cache, bool(self.parts))[:, -1]
+        return Step(DreamState(state.cache, codes, before, h), *self.part("outcome", h))
 
     def imagined(self, h, codes, before):
         "The next frame's codes, what will then be `before`, and the tokens that enter the memory."
@@ -452,7 +459,7 @@ class HiDreamer(WorldModel):
         return self.twohot.mean(self.reward(h)[:, :len(self.twohot.centres)]), self.cont(h)[:, 0].float().sigmoid()
 
     def look(self, h, codes): return torch.cat([h.float(), self.picture(self.maps(codes)).flatten(1).float()], -1)
-    def features(self, state): return self.look(state.h, state.codes)
+    def features(self, state): return self.part("look", state.h, state.codes)
     def decode(self, state): return self.tokenizer.decode(state.codes[:, None])[:, 0]
     def by_level(self, seg):
         "Real frames rebuilt from the codes of L0, of L0 and L1, and so on."
