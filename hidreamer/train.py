@@ -29,7 +29,7 @@ from .behave.ppo import PPO, Policy, PPOConfig
 from .core import Config, HidreamerError, Segment, autocast, check, find_device, keep_memory, nearest, seed_everything
 from .data.envs import EnvConfig, Games, game_id, make_envs
 from .data.replay import Collector, Replay, ReplayConfig
-from .device import Recorded, at_home
+from .device import Recorded, at_home, can_compile
 from .dreamerv3 import fill_agent
 from .evaluate.costs import costs_json, rollout_cost
 from .evaluate.dream import dream
@@ -249,7 +249,9 @@ class Trainer:
         self.optimizer = torch.optim.AdamW([dict(g, lr=r, top=r) for g, r in zip(self.world.groups(), rates)], betas=(.9, cfg.beta2), eps=cfg.eps,
                                            weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"), capturable=self.device.type == "cuda")
         self.world_update, self.dream_update = Recorded(self.update_from), Recorded(self.dream_from)
-        if cfg.compile and self.device.type == "cuda":
+        if cfg.compile and self.device.type == "cuda" and not can_compile():
+            tqdm.write("Small operations stay apart, which is slower: torch.compile needs Triton and a C compiler (gcc, clang, or what CC names).")
+        elif cfg.compile and self.device.type == "cuda":
             for w in {self.world, self.agent.world}: w.fuse()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
         self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None

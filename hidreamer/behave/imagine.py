@@ -69,7 +69,7 @@ def evaluating(*modules: nn.Module):
 
 # %% ../../nbs/50_behave.imagine.ipynb #cell-014
 @torch.no_grad()
-def imagine(world: WorldModel,          # only `features` and `step` are used
+def imagine(world: WorldModel,          # only `features`, `step` and `dreaming` are used
             policy: Callable,           # features (b d) -> (logits (b a), values (b))
             state: Any,                 # where the dreams begin; may be overwritten, so pass `world.repeat(state, 1)` to keep it
             horizon: int) -> Rollout:   # number of imagined steps t
@@ -78,7 +78,7 @@ def imagine(world: WorldModel,          # only `features` and `step` are used
     Draws from PyTorch's global generator. Precision is the caller's business (`core.autocast`), but
     everything in the rollout is float32. Raises `HidreamerError` for a horizon below 1."""
     check(horizon >= 1, "horizon", horizon, "must be at least 1")
-    with evaluating(world, policy):
+    with evaluating(world, policy), world.dreaming():
         x = world.features(state)
         b, d = x.shape
         new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=x.device)

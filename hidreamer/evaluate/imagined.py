@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['labelled', 'hand_of', 'Maps', 'Reader', 'ImaginedState', 'compare_places', 'imagined_state', 'imagined_rewards',
-           'ask_runs', 'main']
+           'imagined_codes', 'ask_runs', 'main']
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #113480bf
 import argparse
@@ -27,6 +27,7 @@ from .rollouts import choose_starts, clustered, rollout_frames
 from .scores import own_randomness
 from .tokens import r2, r2_interval
 from ..run import provenance
+from ..worlds.hidreamer import HiDreamer, nats
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #af332590
 def labelled(game: str, steps: int, seed: int, num_envs: int = 8) -> list[tuple[Segment, np.ndarray]]:
@@ -189,6 +190,37 @@ def imagined_rewards(world, episodes: list[Segment], horizon: int = 30, parts: i
         paid = lambda r: {k: clustered(x[:, at].clamp(min=0).mean(1).numpy(), episode, seed) for k, x in dict(won=r, lost=-r).items()}
         out.append(dict(steps=(int(at[0]) + 1, int(at[-1]) + 1), true=paid(true), dream=paid(torch.cat(dreamt))))
     return out
+
+# %% ../../nbs/61_evaluate.imagined.ipynb #codes002
+@torch.no_grad()
+def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10, 15), context: int = 8, starts: int = 256, seed: int = 0,
+                   batch: int = 32) -> list[dict]:
+    """Nats of a true frame's codes that change in that step, by level and steps ahead, given a dream with the true actions up to the frame before.
+
+    Rows: `level`, `t`, and `nats`, `right` (share that is the most probable code) and `marginal` (nats by how often each place has each code, over all
+    contexts): dict of mean, low, high (95%, by episode). The temperature of dreams sharpens the past, not what is believed of the frame asked for."""
+    check(min(horizons) >= 1, "horizons", tuple(horizons), "must be steps ahead, 1 or more")
+    where = choose_starts([e.time for e in episodes], context, max(horizons), starts, seed)
+    segs = [episodes[i][:, p - context + 1:p + max(horizons) + 1] for i, p in where]
+    device, found, begun = next(world.parameters()).device, {}, []
+    mean = lambda x, on: ((x * on).sum(1) / on.sum(1)).cpu().numpy()                     # of each start; nan where nothing changes
+    with evaluating(world), own_randomness(seed), autocast(device):
+        for i in range(0, len(segs), batch):
+            seg = Segment.join(segs[i:i + batch]).to(device)
+            codes, state = world.codes(seg), world.observe(seg[:, :context]); begun.append(codes[:, :context].flatten(0, 1))
+            for t in range(1, max(horizons) + 1):
+                action, old, new = seg.actions[:, context - 2 + t], codes[:, context - 2 + t], codes[:, context - 1 + t]
+                for l, z in enumerate(world.expected(state, action, new) if t in horizons else ()):
+                    c, on = new.split(world.sizes, -1)[l], (new != old).split(world.sizes, -1)[l]
+                    found.setdefault((l, t), []).append((mean(nats(z, c), on), mean((z.argmax(-1) == c).float(), on), c, on))
+                state = world.step(state, action).state
+    often = [F.one_hot(c, world.cfg.tokens.codes).sum(0).float() + .1 for c in torch.cat(begun).split(world.sizes, -1)]      # (k c)
+    often, episode, out = [-(x / x.sum(1, keepdim=True)).log() for x in often], np.array([i for i, _ in where]), []
+    for (l, t), parts in found.items():
+        said, right, c, on = zip(*parts)
+        marginal = [mean(often[l].expand(len(x), -1, -1).gather(-1, x[..., None])[..., 0], o) for x, o in zip(c, on)]
+        out.append(dict(level=l, t=t) | {k: clustered(np.concatenate(x), episode, seed) for k, x in dict(nats=said, right=right, marginal=marginal).items()})
+    return sorted(out, key=lambda r: (r["level"], r["t"]))
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #16fc8e0a
 def ask_runs(runs: list[str | Path], steps: int = 12_000, starts: int = 512, seed: int = 0) -> dict:

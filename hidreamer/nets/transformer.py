@@ -174,9 +174,9 @@ def lookup(q: Float[Tensor, "b h q hd"], k: Float[Tensor, "b h n hd"], v: Float[
 
 class Attention(nn.Module):
     "Self-attention with normalised queries and keys (Henry et al. 2020) and rotary environment steps."
-    def __init__(self, cfg: TransformerConfig, layer: int):
+    def __init__(self, cfg: TransformerConfig):
         super().__init__()
-        self.cfg, self.heads, self.context = cfg, cfg.heads, cfg.context_of(layer)
+        self.heads = cfg.heads
         self.qkv, self.out = Linear(cfg.width, 3 * cfg.width), Linear(cfg.width, cfg.width)
         self.gain = nn.Parameter(torch.ones(2, 1, cfg.width // cfg.heads))
 
@@ -187,16 +187,12 @@ class Attention(nn.Module):
         qk = rotate(F.rms_norm(qk.float(), qk.shape[-1:]) * self.gain, cos, sin).to(v.dtype)
         return *qk.permute(2, 0, 3, 1, 4).unbind(), v.transpose(1, 2)
 
-    def everywhere(self, q, k, v, slots, steps):
-        "All steps at once, under the mask."
-        return hierarchical_attention(q, k, v, slots, steps, self.cfg.rule, self.context)
-
 class Block(nn.Module):
     "x + attention(norm x), then x + mlp(norm x); the mlp is dense or a mixture of experts."
     def __init__(self, cfg: TransformerConfig, layer: int):
         super().__init__()
         self.norm1, self.norm2, self.dropout = nn.RMSNorm(cfg.width), nn.RMSNorm(cfg.width), cfg.dropout
-        self.attention, e = Attention(cfg, layer), cfg.experts_of(layer)
+        self.attention, e = Attention(cfg), cfg.experts_of(layer)
         self.mlp = MoE(cfg.width, cfg.hidden, e, cfg.top_k) if e > 1 else SwiGLU(cfg.width, cfg.hidden)
     def begin(self, x, cos, sin):
         "Queries, keys, values (b h n hd)."
@@ -260,7 +256,7 @@ class Stack(nn.Module):
         for i, block in enumerate(self.blocks):
             q, k, v = block.begin(x, cos, sin)
             if keep: keep(i, k, v)
-            x = block.finish(x, block.attention.everywhere(q, k, v, self.slots, steps))
+            x = block.finish(x, hierarchical_attention(q, k, v, self.slots, steps, self.cfg.rule, self.cfg.context_of(i)))
         return self.norm(x).unflatten(1, (steps, self.s))
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-016

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
 from ..evaluate.bench import paired, quartiles, random_segment
-from ..evaluate.imagined import Reader, hand_of, imagined_rewards, imagined_state, labelled
+from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_rewards, imagined_state, labelled
 from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
 from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
@@ -99,7 +99,8 @@ def look(run: str | Path, shown: list, episodes: list, temperatures: list[float]
     curve = [[r["step"], r["score/recent"]] for r in Run(folder).metrics() if "score/recent" in r]
     return dict(config=Run(folder).config | dict(run=folder.name), step=Run(folder).checkpoint().step, scores=read("scores.json"), points=points(run),
                 still=still_codes(world, segs), knows=state_knows(world, shown, reader.game), next=token_accuracy(world, segs), dreams=dreams, curve=curve,
-                rewards=imagined_rewards(world, segs, context=16, starts=starts, seed=seed))
+                rewards=imagined_rewards(world, segs, context=16, starts=starts, seed=seed),
+                codes=imagined_codes(world, segs, context=16, starts=starts, seed=seed))
 
 # %% ../../nbs/75_studies.atari.ipynb #atari008
 ARMS = {

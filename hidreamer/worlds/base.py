@@ -73,6 +73,9 @@ class WorldModel(nn.Module):
     def fused(self):
         "A block in which a world is as `fuse` made it. For updates and dreams, which have one size: every other size is compiled anew."
         return nullcontext()
+    def dreaming(self):
+        "A block of steps between which no weight changes, so that what depends on weights alone may be computed once. Nothing by default."
+        return nullcontext()
     learn_tokens = False            # does `loss` train a tokenizer with the rest?
     @property
     def coder(self) -> Callable | None:

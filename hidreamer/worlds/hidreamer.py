@@ -87,8 +87,10 @@ class CodeTable(nn.Module):
     def __init__(self, codes: int, dim: int, d: int):
         super().__init__()
         self.map, self.own = nn.Linear(dim, d, bias=False), nn.Parameter(torch.zeros(codes, d))
+        self.kept = None                            # the table itself, while nothing changes
     def forward(self, codebook: Float[Tensor, "c e"]) -> Float[Tensor, "c d"]:
         "The whole table. The codebook is brought to mean 0 and variance 1, level by level its scale shrinks."
+        if self.kept is not None: return self.kept
         with torch.no_grad():
             mean = codebook.mean(0)
             x = (codebook - mean) / (codebook - mean).square().mean().sqrt().clamp(min=1e-6)
@@ -144,7 +146,10 @@ class CodeHead(nn.Module):
         self.trunk = nn.Sequential(*(block() for _ in range(cfg.head_blocks)))
         split = [chessboard(g) if l < cfg.halves and g > 1 else [list(range(g * g))] for l, g in enumerate(t.grids)]
         self.passes = [l for l, parts in enumerate(split) for _ in parts]                    # the level of each
-        for i, cells in enumerate(sum(split, [])): self.register_buffer(f"cells{i}", torch.tensor(cells), persistent=False)
+        for i, cells in enumerate(sum(split, [])):
+            cells, size = torch.tensor(cells), t.sizes[self.passes[i]]
+            self.register_buffer(f"cells{i}", cells, persistent=False)
+            self.register_buffer(f"mine{i}", torch.zeros(size, dtype=torch.bool).index_fill(0, cells, True), persistent=False)
         self.told = nn.ModuleList(nn.Linear(cfg.code_dim, d) for _ in self.passes[1:])
         self.level = nn.ModuleList(block() for _ in self.passes)
         self.gate = Gate(d, self.fine) if cfg.changes else None
@@ -168,6 +173,7 @@ class CodeHead(nn.Module):
         return x + torch.where(on, self.flag.to(x.dtype), self.still(now.to(x.dtype))).view(x.shape)
 
     def cells(self, i: int) -> Int[Tensor, "k"]: return getattr(self, f"cells{i}")
+    def mine(self, i: int) -> Bool[Tensor, "k"]: return getattr(self, f"mine{i}")
     def read(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "n k e"] | None, rows: Int[Tensor, "r"] | None = None):
         "What pass `i` makes of all places of its level (n k d), or of `rows` (r d), told the sum of what earlier passes have put on the finest grid."
         if said is not None: x = x + self.told[i - 1](said.to(x.dtype)).view(x.shape)
@@ -242,13 +248,21 @@ class HiDreamer(WorldModel):
     def steady(self): return not self.cfg.contrast           # which crops at random, by a number from Python
     def fuse(self, backend="inductor"):
         parts = [HiDreamer.dynamics, HiDreamer.imagined, HiDreamer.outcome, HiDreamer.look]
-        self.transformer.fuse(backend); self.fast = {f.__name__: torch.compile(f, dynamic=False, backend=backend) for f in parts}
+        self.transformer.fuse(backend); self.fast = {f: torch.compile(f, dynamic=False, backend=backend) for f in parts}
     @contextmanager
     def fused(self):
         self.parts = self.fast
         try: yield
         finally: self.parts = {}
-    def part(self, name: str, *x): return self.parts.get(name, getattr(type(self), name))(self, *x)
+    @contextmanager
+    def dreaming(self):
+        books = self.tokenizer.quantiser.codebooks
+        for tables in (self.embeddings, self.head.out):
+            for table, book in zip(tables, books): table.kept = table(book)
+        try: yield
+        finally:
+            for table in (*self.embeddings, *self.head.out): table.kept = None
+    def part(self, f, *x): return self.parts.get(f, f)(self, *x)
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
@@ -293,7 +307,7 @@ class HiDreamer(WorldModel):
     def loss(self, seg: Segment):
         "Nats per frame of the next codes, of reward and continuation; plus the tokenizer's loss while `learn_tokens`."
         check(seg.time >= 2, "segment.time", seg.time, "must be at least 2 steps")
-        loss, logs = self.part("dynamics", self.codes(seg), seg)
+        loss, logs = self.part(HiDreamer.dynamics, self.codes(seg), seg)
         if self.learn_tokens:
             extra, more = self.tokenizer.loss(seg.frames)
             loss, logs = loss + extra, logs | {f"tokens/{k}": v for k, v in more.items()}
@@ -315,7 +329,7 @@ class HiDreamer(WorldModel):
         for i, l in enumerate(self.head.passes):
             z, part, cells = self.head.read(i, x, said, rows), new[l], self.head.cells(i)
             if len(cells) < self.sizes[l]:
-                mine = torch.zeros(self.sizes[l], 1, dtype=torch.bool, device=z.device).index_fill(0, cells, True)
+                mine = self.head.mine(i)[:, None]
                 part = part * mine
                 if seen[l] is not None: z = torch.where(mine if rows is None else mine[rows % len(mine)], z, seen[l])
             seen[l], part = z, self.spread(part if changed is None else part * changed[..., None], l)
@@ -323,23 +337,35 @@ class HiDreamer(WorldModel):
         return [self.logits(l, z).float() for l, z in enumerate(seen)]
 
     def predict(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        """Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses.
+        "Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses."
+        x, now, _, y, aux = self.ahead(codes, actions)
+        return self.believed(x, now, codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)), y, aux
+
+    @torch.no_grad()
+    def expected(self, state: DreamState, action: Int[Tensor, "b"], codes: Int[Tensor, "b n"]) -> list[Float[Tensor, "b k c"]]:
+        "Logits of every level for the frame after `action`, each level told what `codes` says of those before. `step` may follow with the same action."
+        h, now = self.transformer.act(action, state.cache), self.picture(self.maps(state.codes))
+        return self.believed(self.head.stem(h, now, state.before), now, codes, state.codes)
+
+    def believed(self, x: Float[Tensor, "n h w d"], now: Float[Tensor, "n k e"], new: Int[Tensor, "n m"], old: Int[Tensor, "n m"]) -> list[Tensor]:
+        """Logits of every level (n k c) for the codes of the next frame, each told what `new` says of the levels before. `x`: what the passes share;
+        `now`, `old`: picture and codes of the present frame.
 
         With `changes` there is one class more: a place that stayed might have become something else, and nobody asked what."""
-        x, now, new, y, aux = self.ahead(codes, actions)
-        if not self.cfg.changes: return self.taught(x, new), y, aux
-        new_codes, old_codes = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
-        changed = self.changed(new_codes, old_codes)
+        maps = self.maps(new)
+        if not self.cfg.changes: return self.taught(x, maps)
+        changed = self.changed(new, old)
         gate, out = self.head.gate(x, changed)[0][..., None], []
         moves, stays = gate.sigmoid(), (-gate).sigmoid()                                     # of a place, given the levels so far
-        for z, c, old in zip(self.taught(self.head.settle(x, now, changed), new, changed), new_codes.split(self.sizes, -1), old_codes.split(self.sizes, -1)):
+        logits = self.taught(self.head.settle(x, now, changed), maps, changed)
+        for z, c, was in zip(logits, new.split(self.sizes, -1), old.split(self.sizes, -1)):
             said = torch.where(changed[..., None], z.softmax(-1), 0.) * moves                # what stays was told its code: the head may not be asked
-            c, old = c[..., None], old[..., None]
-            both = torch.cat([said.scatter_add(-1, old, stays), torch.where(changed[..., None], 0., moves)], -1)
+            c, was = c[..., None], was[..., None]
+            both = torch.cat([said.scatter_add(-1, was, stays), torch.where(changed[..., None], 0., moves)], -1)
             whole = both.gather(-1, c).clamp(min=1e-30)
-            moves, stays = said.gather(-1, c) / whole, stays * (c == old) / whole
+            moves, stays = said.gather(-1, c) / whole, stays * (c == was) / whole
             out.append(both.clamp(min=1e-30).log())
-        return out, y, aux
+        return out
 
     def changed(self, new: Int[Tensor, "b n"], old: Int[Tensor, "b n"]) -> Bool[Tensor, "b k"]:
         "Places with another code on any level."
@@ -430,7 +456,7 @@ class HiDreamer(WorldModel):
         for i, l in enumerate(self.head.passes):
             cells = self.head.cells(i)
             if self.cfg.changes:
-                mine = some & torch.zeros_like(changed[0]).index_fill(0, cells, True)[place]
+                mine = some & self.head.mine(i)[place]
                 drawn = draw(self.logits(l, self.head.read(i, x, said, rows)), self.cfg.temperature).where(mine, levels[l][frame, place])
                 levels[l][frame, place] = drawn
                 m = self.embed(l, drawn) * mine[:, None]
@@ -445,9 +471,9 @@ class HiDreamer(WorldModel):
 
     def step(self, state, action):
         h = self.transformer.act(action, state.cache, bool(self.parts))
-        codes, before, tokens = self.part("imagined", h, state.codes, state.before)
+        codes, before, tokens = self.part(HiDreamer.imagined, h, state.codes, state.before)
         h = self.transformer.see(tokens, state.cache, bool(self.parts))[:, -1]
-        return Step(DreamState(state.cache, codes, before, h), *self.part("outcome", h))
+        return Step(DreamState(state.cache, codes, before, h), *self.part(HiDreamer.outcome, h))
 
     def imagined(self, h, codes, before):
         "The next frame's codes, what will then be `before`, and the tokens that enter the memory."
@@ -459,7 +485,7 @@ class HiDreamer(WorldModel):
         return self.twohot.mean(self.reward(h)[:, :len(self.twohot.centres)]), self.cont(h)[:, 0].float().sigmoid()
 
     def look(self, h, codes): return torch.cat([h.float(), self.picture(self.maps(codes)).flatten(1).float()], -1)
-    def features(self, state): return self.part("look", state.h, state.codes)
+    def features(self, state): return self.part(HiDreamer.look, state.h, state.codes)
     def decode(self, state): return self.tokenizer.decode(state.codes[:, None])[:, 0]
     def by_level(self, seg):
         "Real frames rebuilt from the codes of L0, of L0 and L1, and so on."
