@@ -151,9 +151,9 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    model = replace(model, temperature=.5, tokens=replace(model.tokens, cell_weight=5.), transformer=replace(model.transformer, mlp=2., dropout=.1))
-    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=4_000, batch=8, replay_ratio=12., dream_ratio=20., ema=.995, max_minutes=130.,
-                       episodes=100, model=model)
+    model = replace(model, temperature=.5, transformer=replace(model.transformer, width=128, mlp=2., dropout=.1))
+    return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, batch=8, replay_ratio=16., dream_ratio=40., near_rewards=.3, ema=.995,
+                       max_minutes=130., episodes=100, model=model, ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, real=1.))
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps with a world of about 11 million parameters."
@@ -195,7 +195,7 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
         name, (small, dict(depth=16, blocks=1, warm=100)))
     work = dict(atari100k=dict(batch=64, length=16, lr=3e-4, tokens_lr=3e-4, weight_decay=1e-4, max_grad=1.),
                 debug=dict(batch=4, length=8)).get(name, dict(batch=8, length=14, replay_ratio=cfg.replay_ratio * 1.1))
-    cfg = replace(cfg, world=world, ema=0., warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
+    cfg = replace(cfg, world=world, warm_up=cfg.warm_up if first else 0, tokens_until=0 if first else cfg.steps + 1, **work)
     updates = cfg.steps * cfg.replay_ratio / cfg.batch / cfg.length
     stages = dict(assign_after=round(.75 * cfg.warm_up), fine_tune=round(.75 * updates)) if first else {}
     levels = LevelsConfig(assign="projection", end=.5, steps=1) if first else LevelsConfig(steps=cfg.steps, weight=1., least=.15)
@@ -224,9 +224,10 @@ def preset(name: str, world: str = "hidreamer") -> TrainConfig:
         check(value in known, kind, value, f"must be one of {', '.join(known)}", f"Nearest: {nearest(value, known, 1)}.")
     cfg = PRESETS[name]()
     if world == "hidreamer": return cfg
+    cfg = replace(cfg, ema=0., near_rewards=0., ppo=replace(cfg.ppo, real=0.))          # tried with hidreamer alone
     if world in ("shi", "original-shi"): return sparse(cfg, world)
     changes = recurrent(name)
-    return replace(cfg, world=world, ema=0., **changes | dict(model=WORLDS[world][0](**changes["model"])))
+    return replace(cfg, world=world, **changes | dict(model=WORLDS[world][0](**changes["model"])))
 
 # %% ../nbs/60_train.ipynb #d19fbf6a
 LOWER = dict(tokens="--batch", world="--batch or --length", behaviour="--dream-batch or --horizon", collect="--envs")     # needs less memory

@@ -193,34 +193,44 @@ def imagined_rewards(world, episodes: list[Segment], horizon: int = 30, parts: i
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #codes002
 @torch.no_grad()
-def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10, 15), context: int = 8, starts: int = 256, seed: int = 0,
-                   batch: int = 32) -> list[dict]:
-    """Nats of a true frame's codes that change in that step, by level and steps ahead, given a dream with the true actions up to the frame before.
+def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10, 15), context: int = 8, starts: int = 256, samples: int = 4,
+                   seed: int = 0, batch: int = 32) -> list[dict]:
+    """Nats of a true frame's codes, by level and steps ahead, by what `samples` dreams with the true actions up to the frame before expect together.
 
-    Rows: `level`, `t`, and `nats`, `right` (share that is the most probable code) and `marginal` (nats by how often each place has each code, over all
-    contexts): dict of mean, low, high (95%, by episode). The temperature of dreams sharpens the past, not what is believed of the frame asked for."""
-    check(min(horizons) >= 1, "horizons", tuple(horizons), "must be steps ahead, 1 or more")
+    Rows: `level`, `t`, and dict of mean, low, high (95%, by episode) of: `nats`, each, of the codes that change in that step; `right`, the share of those
+    that is the most probable one; `marginal` and `usual`, the same by how often each place has each code in all contexts; `frame`, nats of all of
+    the level's codes.
+    A level is told the coarser codes of its frame. The temperature sharpens the dreams, not what is expected of the frame asked for."""
+    check(min(horizons) >= 1 and samples >= 1, "horizons, samples", (tuple(horizons), samples), "must be steps ahead and dreams, 1 or more")
     where = choose_starts([e.time for e in episodes], context, max(horizons), starts, seed)
     segs = [episodes[i][:, p - context + 1:p + max(horizons) + 1] for i, p in where]
-    device, found, begun = next(world.parameters()).device, {}, []
+    device, found, begun, levels = next(world.parameters()).device, {}, [], range(len(world.sizes))
+    part, many = lambda x: x.split(world.sizes, -1), lambda x: x.repeat_interleave(samples, 0)
     mean = lambda x, on: ((x * on).sum(1) / on.sum(1)).cpu().numpy()                     # of each start; nan where nothing changes
-    with evaluating(world), own_randomness(seed), autocast(device):
+    with evaluating(world), own_randomness(seed), autocast(device), world.dreaming():
         for i in range(0, len(segs), batch):
             seg = Segment.join(segs[i:i + batch]).to(device)
-            codes, state = world.codes(seg), world.observe(seg[:, :context]); begun.append(codes[:, :context].flatten(0, 1))
+            codes, state = world.codes(seg), world.repeat(world.observe(seg[:, :context]), samples); begun.append(codes[:, :context].flatten(0, 1))
             for t in range(1, max(horizons) + 1):
-                action, old, new = seg.actions[:, context - 2 + t], codes[:, context - 2 + t], codes[:, context - 1 + t]
-                for l, z in enumerate(world.expected(state, action, new) if t in horizons else ()):
-                    c, on = new.split(world.sizes, -1)[l], (new != old).split(world.sizes, -1)[l]
-                    found.setdefault((l, t), []).append((mean(nats(z, c), on), mean((z.argmax(-1) == c).float(), on), c, on))
+                action, old, new = many(seg.actions[:, context - 2 + t]), codes[:, context - 2 + t], codes[:, context - 1 + t]
+                weight = torch.zeros(1, device=device)                                   # log-probability of the coarser codes at a place, by each dream
+                for l, z in enumerate(world.expected(state, action, many(new)) if t in horizons else ()):
+                    c, on, z = part(new)[l], part(new != old)[l], z.float().log_softmax(-1).unflatten(0, (-1, samples))
+                    weight = weight.expand(z.shape[:-1])
+                    said = (weight[..., None] + z).logsumexp(1) - weight.logsumexp(1)[..., None]
+                    cost, weight = nats(said, c), weight + z.gather(-1, c[:, None, :, None].expand(-1, samples, -1, -1))[..., 0]
+                    found.setdefault((l, t), []).append((mean(cost, on), mean((said.argmax(-1) == c).float(), on), cost.sum(1).cpu().numpy(), c, on))
                 state = world.step(state, action).state
-    often = [F.one_hot(c, world.cfg.tokens.codes).sum(0).float() + .1 for c in torch.cat(begun).split(world.sizes, -1)]      # (k c)
-    often, episode, out = [-(x / x.sum(1, keepdim=True)).log() for x in often], np.array([i for i, _ in where]), []
-    for (l, t), parts in found.items():
-        said, right, c, on = zip(*parts)
-        marginal = [mean(often[l].expand(len(x), -1, -1).gather(-1, x[..., None])[..., 0], o) for x, o in zip(c, on)]
-        out.append(dict(level=l, t=t) | {k: clustered(np.concatenate(x), episode, seed) for k, x in dict(nats=said, right=right, marginal=marginal).items()})
-    return sorted(out, key=lambda r: (r["level"], r["t"]))
+    count = lambda c: torch.stack([torch.bincount(x, minlength=world.cfg.tokens.codes) for x in c.t()]).float() + .1             # (k c)
+    often = [(x / x.sum(1, keepdim=True)).log() for x in (count(part(torch.cat(begun))[l]) for l in levels)]
+    episode, out = np.array([i for i, _ in where]), []
+    for (l, t), parts in sorted(found.items()):
+        said, right, frame, c, on = zip(*parts)
+        marginal = [mean(-often[l].expand(len(x), -1, -1).gather(-1, x[..., None])[..., 0], o) for x, o in zip(c, on)]
+        usual = [mean((often[l].argmax(-1) == x).float(), o) for x, o in zip(c, on)]
+        row = dict(nats=said, right=right, marginal=marginal, usual=usual, frame=frame)
+        out.append(dict(level=l, t=t) | {k: clustered(np.concatenate(x), episode, seed) for k, x in row.items()})
+    return out
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #16fc8e0a
 def ask_runs(runs: list[str | Path], steps: int = 12_000, starts: int = 512, seed: int = 0) -> dict:

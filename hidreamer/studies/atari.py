@@ -210,7 +210,8 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
         seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
         world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
         mean = copy.deepcopy(world)
-        learn(world, lambda: replay.sample(cfg.batch, cfg.length, near_rewards=share), updates, cfg.lr, 1., f"{arm}, {share:g} near rewards, seed {seed}",
+        generator = torch.Generator().manual_seed(seed)                # every arm learns from the same segments
+        learn(world, lambda: replay.sample(cfg.batch, cfg.length, generator, share), updates, cfg.lr, 1., f"{arm}, {share:g} near rewards, seed {seed}",
               lambda i: follow(mean, world, ema, i))
         for which, w in (("last weights", world), ("their mean", mean)):
             dream = imagined_state(w.eval(), reader, held, context=16, starts=512)

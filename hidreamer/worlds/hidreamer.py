@@ -256,12 +256,14 @@ class HiDreamer(WorldModel):
         finally: self.parts = {}
     @contextmanager
     def dreaming(self):
-        books = self.tokenizer.quantiser.codebooks
-        for tables in (self.embeddings, self.head.out):
-            for table, book in zip(tables, books): table.kept = table(book)
-        try: yield
+        tables = [*self.embeddings, *self.head.out]
+        was = [t.kept for t in tables]
+        try:
+            with torch.no_grad():
+                for t, book in zip(tables, [*self.tokenizer.quantiser.codebooks] * 2): t.kept = t(book)
+            yield
         finally:
-            for table in (*self.embeddings, *self.head.out): table.kept = None
+            for t, kept in zip(tables, was): t.kept = kept
     def part(self, f, *x): return self.parts.get(f, f)(self, *x)
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
