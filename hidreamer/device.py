@@ -8,10 +8,12 @@ __all__ = ['stale', 'at_home', 'Questions', 'Recorded', 'forget', 'can_compile']
 # %% ../nbs/02_device.ipynb #device03
 import os
 import shutil
+import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
@@ -90,7 +92,7 @@ def forget() -> None:
 
 # %% ../nbs/02_device.ipynb #device16
 def can_compile() -> bool:
-    "Is there what `torch.compile` needs to make code for a GPU: Triton, and a C compiler (the one that CC names, gcc or clang)?"
+    "Is there what `torch.compile` needs to make code for a GPU: Triton, a C compiler (the one that CC names, gcc or clang) and Python's headers?"
     named = os.environ.get("CC")
     compilers = [named.split()[0]] if named and named.strip() else ["gcc", "clang"]
-    return find_spec("triton") is not None and any(map(shutil.which, compilers))
+    return find_spec("triton") is not None and any(map(shutil.which, compilers)) and Path(sysconfig.get_path("include"), "Python.h").exists()

@@ -463,7 +463,7 @@ class Run:
         if not (changed := differences(old, self.config, free)): return
         what = "; ".join(f"{k} was {a!r}, now {b!r}" for k, (a, b) in changed.items())
         raise HidreamerError(f"run={str(self.path)!r}: this folder holds a run of another config: {what}. "
-                             "Choose another --run DIR, or the old values to resume it.")
+                             f"Choose another --run DIR, or the old values to resume it: `hidreamer train --run {self.path}` alone has them.")
 
     def read_config(self) -> dict:
         "The config on disk; `HidreamerError` if there is none or it cannot be read."

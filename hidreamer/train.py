@@ -115,10 +115,9 @@ class TrainConfig(Config):
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("near_rewards", "lr_end"): check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
         for name in ("beta2", "ema"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
-        for name, x, off in (("ema", self.ema, "--ema"), ("ppo.real", self.ppo.real, "--ppo.real")):
+        for name, x, off in (("ema", self.ema, "--ema"), ("ppo.real", self.real, "--ppo.real")):
             check(not x or self.world == "hidreamer", name, x, f"is for world=hidreamer, not {self.world}", f"Use {off} 0.")
-        check(not self.ppo.real or self.learner == "ppo" and self.dream_context > 1, "ppo.real", self.ppo.real,
-              "needs --learner ppo and a --dream-context above 1")
+        check(not self.real or self.dream_context > 1, "ppo.real", self.real, "needs a --dream-context above 1", "Or use --ppo.real 0.")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -140,6 +139,8 @@ class TrainConfig(Config):
         model = WORLDS[world][0].from_dict(d.get("model", {}))
         return replace(super().from_dict({k: v for k, v in d.items() if k != "model"}), model=model)
 
+    @property
+    def real(self) -> float: return self.ppo.real if self.learner == "ppo" else 0.          # how much the critic hears of real rewards
     @property
     def folder(self) -> Path: return Path(self.run or f"runs/{self.env}-{self.world}-{self.preset}-{self.seed}")
 
@@ -251,7 +252,7 @@ class Trainer:
                                            weight_decay=cfg.weight_decay, fused=self.device.type in ("cpu", "cuda"), capturable=self.device.type == "cuda")
         self.world_update, self.dream_update = Recorded(self.update_from), Recorded(self.dream_from)
         if cfg.compile and self.device.type == "cuda" and not can_compile():
-            tqdm.write("Small operations stay apart, which is slower: torch.compile needs Triton and a C compiler (gcc, clang, or what CC names).")
+            tqdm.write("Small operations stay apart (slower): torch.compile needs Triton, a C compiler (gcc, clang, what CC names) and Python's headers.")
         elif cfg.compile and self.device.type == "cuda":
             for w in {self.world, self.agent.world}: w.fuse()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
@@ -479,7 +480,7 @@ class Trainer:
             starts = self.agent.world.starts_per(cfg.dream_context)
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
-            near = 0. if cfg.ppo.real else cfg.near_rewards                  # a reward that lies ahead is none that the critic hears of
+            near = 0. if cfg.real else cfg.near_rewards                  # a reward that lies ahead is none that the critic hears of
             logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, near, 2 * cfg.horizon).parts)
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
@@ -490,7 +491,7 @@ class Trainer:
         "The policy dreams on from the parts of a segment, and learns from that."
         with torch.no_grad(), autocast(self.device, self.cfg.precision), self.agent.world.fused():
             world, seg, real = self.agent.world, Segment(*parts), None
-            if self.cfg.ppo.real:
+            if self.cfg.real:
                 state, seen = world.watch(seg)
                 real = Experience(*(x.transpose(0, 1) for x in (seen, seg.rewards[:, :-1], 1 - seg.terminated[:, :-1].float())))
             else: state = world.starts(seg)

@@ -7,7 +7,7 @@ __all__ = ['Rollout', 'Experience', 'evaluating', 'imagine', 'Cohort', 'DreamEnv
 
 # %% ../../nbs/50_behave.imagine.ipynb #cell-003
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 import gymnasium as gym
@@ -69,7 +69,7 @@ def evaluating(*modules: nn.Module):
 
 # %% ../../nbs/50_behave.imagine.ipynb #cell-014
 @torch.no_grad()
-def imagine(world: WorldModel,          # only `features`, `step` and `dreaming` are used
+def imagine(world: WorldModel,          # only `features` and `step` are used, and `dreaming` if it is there
             policy: Callable,           # features (b d) -> (logits (b a), values (b))
             state: Any,                 # where the dreams begin; may be overwritten, so pass `world.repeat(state, 1)` to keep it
             horizon: int) -> Rollout:   # number of imagined steps t
@@ -78,7 +78,7 @@ def imagine(world: WorldModel,          # only `features`, `step` and `dreaming`
     Draws from PyTorch's global generator. Precision is the caller's business (`core.autocast`), but
     everything in the rollout is float32. Raises `HidreamerError` for a horizon below 1."""
     check(horizon >= 1, "horizon", horizon, "must be at least 1")
-    with evaluating(world, policy), world.dreaming():
+    with evaluating(world, policy), getattr(world, "dreaming", nullcontext)():
         x = world.features(state)
         b, d = x.shape
         new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=x.device)

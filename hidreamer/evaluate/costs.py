@@ -9,7 +9,7 @@ __all__ = ['grouped_flops', 'formulas', 'Missed', 'counting', 'Count', 'RolloutC
 
 # %% ../../nbs/61_evaluate.costs.ipynb #9f947c04
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,7 @@ class Metered:
     world: Any
     shares: list = field(default_factory=list)
     def features(self, state): return self.world.features(state)
+    def dreaming(self): return getattr(self.world, "dreaming", nullcontext)()
     def step(self, state, action):
         if (kept := getattr(self.world, "kept", None)) is not None: self.shares.append(kept(state).float().mean())
         return self.world.step(state, action)

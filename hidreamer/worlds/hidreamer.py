@@ -90,7 +90,7 @@ class CodeTable(nn.Module):
         self.kept = None                            # the table itself, while nothing changes
     def forward(self, codebook: Float[Tensor, "c e"]) -> Float[Tensor, "c d"]:
         "The whole table. The codebook is brought to mean 0 and variance 1, level by level its scale shrinks."
-        if self.kept is not None: return self.kept
+        if self.kept is not None and not torch.is_grad_enabled(): return self.kept
         with torch.no_grad():
             mean = codebook.mean(0)
             x = (codebook - mean) / (codebook - mean).square().mean().sqrt().clamp(min=1e-6)
@@ -264,7 +264,7 @@ class HiDreamer(WorldModel):
             yield
         finally:
             for t, kept in zip(tables, was): t.kept = kept
-    def part(self, f, *x): return self.parts.get(f, f)(self, *x)
+    def part(self, f, *x): return self.parts.get(f, getattr(type(self), f.__name__))(self, *x)
     def after_update(self): self.transformer.balance()
     def train(self, mode: bool = True):
         "The tokenizer's codebooks move in training mode, so it enters that only while it learns."
