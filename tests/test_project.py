@@ -107,3 +107,26 @@ sys.exit(main(["info"]))
     assert done.returncode == 0, done.stderr
     info = json.loads(done.stdout)
     assert info["commit"] is None   # an installed copy belongs to no checkout
+
+
+@pytest.mark.parametrize("game, lost", [("Pong", 3.5)])
+def test_published_agents_play(game, lost, tmp_path):
+    "Points lost, less those won, in 300 steps of a game, the mean of eight: at random 7."
+    import torch
+
+    from hidreamer.data.envs import make_envs
+    from hidreamer.train import folder_of, load_agent
+    kept = ROOT / "weights" / f"{game}.safetensors"
+    assert kept.stat().st_size <= 16e6
+    path = shutil.copy(kept, tmp_path)
+    agent, config = load_agent(path, "cpu"), json.loads((folder_of(path) / "config.json").read_text())
+    step, = (int(p.name[5:]) for p in (folder_of(path) / "checkpoints").glob("step-*"))
+    assert config["env"] == game and step >= config["steps"]           # trained to the end
+    envs = make_envs(game, 8, seed=5)
+    (frames, _), first, total = envs.reset(), torch.ones(8, dtype=torch.bool), 0.
+    agent.reset(); agent.seed(0)
+    for _ in range(300):
+        frames, rewards, terminated, truncated, _ = envs.step(agent.act(torch.from_numpy(frames), first).numpy())
+        first, total = torch.from_numpy(terminated | truncated), total + rewards.sum()
+    envs.close()
+    assert -total / 8 < lost

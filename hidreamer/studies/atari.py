@@ -60,7 +60,7 @@ def games_to_ask(game: str, frames: int) -> tuple[list, list]:
 def points(run: str | Path, per: int = 10_000) -> list[list[int]]:
     "Points (or other rewards) won and lost in every `per` steps that a run has played."
     c = Run(run).checkpoint(); replay = Replay.load(c.replay_path or c.path)
-    check(not replay.oldest, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")
+    check(0 in replay.chunks, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")       # chunks go as a whole
     check(per >= replay.num_envs, "per", per, f"must be at least the number of games, {replay.num_envs}")
     rewards = torch.cat([replay.chunks[k].data["rewards"] for k in sorted(replay.chunks)], 1)[:, :replay.rows]
     return [[int((x > 0).sum()), int((x < 0).sum())] for x in rewards.split(per // replay.num_envs, 1)]
