@@ -78,7 +78,8 @@ class Config:
         kinds = typing.get_type_hints(cls)
         for key, value in d.items():
             if key not in known:
-                raise HidreamerError(f"{cls.__name__} has no field {str(key)[:60]!r}. Nearest: {nearest(str(key)[:60], known)}.")
+                raise HidreamerError(f"{cls.__name__} has no field {str(key)[:60]!r}. Nearest: {nearest(str(key)[:60], known)}. "
+                                     "Another version of hidreamer may have had it.")
             current = getattr(default, key)
             check(is_dataclass(current) or fits(value, kinds[key]), f"{cls.__name__}.{key}", reprlib.repr(value), f"must be of type {kinds[key]}")
             if is_dataclass(current): value = type(current).from_dict(value)

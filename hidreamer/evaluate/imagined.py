@@ -213,12 +213,13 @@ def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10
             codes, state = world.codes(seg), world.repeat(world.observe(seg[:, :context]), samples); begun.append(codes[:, :context].flatten(0, 1))
             for t in range(1, max(horizons) + 1):
                 action, old, new = many(seg.actions[:, context - 2 + t]), codes[:, context - 2 + t], codes[:, context - 1 + t]
-                weight = torch.zeros(1, device=device)                                   # log-probability of the coarser codes at a place, by each dream
+                weight = torch.zeros(seg.batch, samples, 1, 1, device=device)            # log-probability of the coarser codes at a place, by each dream
                 for l, z in enumerate(world.expected(state, action, many(new)) if t in horizons else ()):
                     c, on, z = part(new)[l], part(new != old)[l], z.float().log_softmax(-1).unflatten(0, (-1, samples))
-                    weight = weight.expand(z.shape[:-1])
+                    weight = F.interpolate(weight, size=(world.cfg.tokens.grids[l],) * 2).flatten(2)
                     said = (weight[..., None] + z).logsumexp(1) - weight.logsumexp(1)[..., None]
                     cost, weight = nats(said, c), weight + z.gather(-1, c[:, None, :, None].expand(-1, samples, -1, -1))[..., 0]
+                    weight = weight.unflatten(-1, (world.cfg.tokens.grids[l],) * 2)
                     found.setdefault((l, t), []).append((mean(cost, on), mean((said.argmax(-1) == c).float(), on), cost.sum(1).cpu().numpy(), c, on))
                 state = world.step(state, action).state
     count = lambda c: torch.stack([torch.bincount(x, minlength=world.cfg.tokens.codes) for x in c.t()]).float() + .1             # (k c)

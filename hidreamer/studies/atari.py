@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'trained', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows', 'look', 'changed',
-           'Codes', 'learn', 'arm_row', 'speeds', 'steady', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free',
+           'Codes', 'learn', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free',
            'compare_model_free', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
@@ -184,6 +184,13 @@ def speeds(base: HiDreamer, arms: list[str], batch: int = 128, budget: float = 2
         steps[arm] = lambda world=world, state=state: world.step(state, torch.zeros(batch, dtype=torch.long))
     with torch.no_grad(), autocast(device): return {k: quartiles(v) for k, v in paired(steps, device, repeats=7, budget=budget).items()}
 
+def begun(out: Path, settings: dict) -> dict:
+    "The report that `out` holds, if it was made with the same settings, or a new one."
+    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
+    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return report
+
 def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, ema: float = .995, asked: int = 6_000,
            near_rewards: tuple[float, ...] = (0.,), arms: tuple[str, ...] = ("as it is",), command: str = "") -> dict:
     """A run's world, learned anew from its replay at its first learning rate: the last weights beside their running mean.
@@ -200,10 +207,7 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
     def coder(frames: Tensor) -> Tensor:
         with autocast(device, cfg.precision): return base.tokenizer.encode(frames)
     replay.remember(coder)
-    settings = dict(run=Path(run).name, step=c.step, updates=updates, ema=ema, asked=asked)
-    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
-    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    report = begun(out, dict(run=Path(run).name, step=c.step, updates=updates, ema=ema, asked=asked))
     for seed, share, arm in itertools.product(seeds, near_rewards, arms):
         key = dict(seed=seed, arm=arm, near_rewards=share)
         if any(key.items() <= x.items() for x in report["rows"]): continue
@@ -232,11 +236,8 @@ def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, update
     for arm in arms: changed(base.cfg, arm)
     for name, value, least in (("updates", updates, 1), ("frames", frames, 10 * length), ("asked", asked, 1000), ("seeds", min(seeds), 0)):
         check(value >= least, name, value, f"must be at least {least}")
-    settings = dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr,
-                    frames=frames, asked=asked)
-    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
-    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    report = begun(out, dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr,
+                             frames=frames, asked=asked))
     def keep(**more): report.update(more); write_atomic(out, json.dumps(report, indent=1).encode())
     (shown, held), data = games_to_ask(game, asked), Codes(base, [e for e, _ in labelled(game, frames, seed=4_000)])
     reader = Reader(game, shown, hand_of(base))
@@ -300,10 +301,7 @@ def compare_model_free(games: list[str], seeds: list[int], at: list[int], out: P
     "`model_free` of every game and seed; what `out` holds already is not done again, but for a seed that was not finished."
     for game in games: game_id(game)
     for n in at: check(n >= 1024, "at", n, "must be at least 1024 steps, the distance between two updates")
-    settings = dict(at=sorted(at), episodes=episodes)
-    report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
-    check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    report = begun(out, dict(at=sorted(at), episodes=episodes))
     def tell(row):
         report["rows"].append(row); report["provenance"] = provenance() | dict(command=command)
         write_atomic(out, json.dumps(report, indent=1).encode())
