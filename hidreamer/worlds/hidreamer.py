@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..core import Config, Segment, check
 from ..device import at_home
+from ..nets.moe import gather
 from ..nets.transformer import Cache, Transformer, TransformerConfig
 from ..tokens.tokenizer import Tokenizer, TokenizerConfig
 from .base import Step, TwoHot, WorldModel, mlp
@@ -66,11 +67,12 @@ class LocalBlock(nn.Module):
         self.look, self.dropout = nn.Conv2d(d, d, 3, padding=1, groups=d), dropout
         self.norm, self.up, self.down = nn.LayerNorm(d), nn.Linear(d, 2 * d), nn.Linear(2 * d, d)
         with torch.no_grad(): self.down.weight.mul_(.5)
-    def forward(self, x: Float[Tensor, "n h w d"], rows: Int[Tensor, "r"] | None = None):
-        "Of every place (n h w d), or of a few, given as rows of all maps laid end to end (r d)."
-        if rows is None: return self.mix(x, self.look(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        kernel = self.look.weight.flatten(1).t().to(x.dtype)
-        return self.mix(x.flatten(0, 2).index_select(0, rows), (around(x, rows) * kernel).sum(1) + self.look.bias.to(x.dtype))
+    def forward(self, x: Float[Tensor, "n h w d"], at: Int[Tensor, "r 9"] | None = None):
+        "Of every place (n h w d), or of a few (r d), given by their neighbourhoods."
+        if at is None: return self.mix(x, self.look(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        kernel, x = self.look.weight.flatten(1).t().to(x.dtype), x.flatten(0, 2)
+        near = gather(x, at.flatten()).unflatten(0, at.shape)
+        return self.mix(near[:, 4], (near * kernel).sum(1) + self.look.bias.to(x.dtype))
     def mix(self, x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         y = self.down(F.silu(self.up(self.norm(y))))
         return x + (F.dropout(y, self.dropout, self.training) if self.dropout else y)
@@ -79,13 +81,12 @@ def rows_of(at: Int[Tensor, "n m"], places: int) -> Int[Tensor, "nm"]:
     "Where the places `at` of each map are in all maps laid end to end."
     return (at + torch.arange(len(at), device=at.device)[:, None] * places).flatten()
 
-def around(x: Float[Tensor, "n h w d"], rows: Int[Tensor, "r"]) -> Float[Tensor, "r 9 d"]:
-    "The 3x3 neighbourhood of some places, zero beyond the map's edge. `rows`: places in all maps laid end to end."
-    h, w = x.shape[1:3]
-    corner = rows.div(h * w, rounding_mode="floor") * (h + 2) * (w + 2) + rows.div(w, rounding_mode="floor") % h * (w + 2) + rows % w
-    step = torch.arange(3, device=x.device)
-    at = corner[:, None] + (step[:, None] * (w + 2) + step).flatten()
-    return F.pad(x, (0, 0, 1, 1, 1, 1)).flatten(0, 2).index_select(0, at.flatten()).view(-1, 9, x.shape[-1])
+def around(rows: Int[Tensor, "r"], grid: int) -> Int[Tensor, "r 9"]:
+    "The 3x3 neighbourhood of some places, -1 beyond the map's edge. `rows`: places in all maps laid end to end."
+    step = torch.arange(-1, 2, device=rows.device)
+    y, x = rows.div(grid, rounding_mode="floor")[:, None] % grid + step, rows[:, None] % grid + step
+    inside = ((y >= 0) & (y < grid))[:, :, None] & ((x >= 0) & (x < grid))[:, None]
+    return (rows[:, None, None] + step[:, None] * grid + step).masked_fill_(~inside, -1).flatten(1)
 
 class CodeTable(nn.Module):
     """A vector for every code: a linear map of the codebook's own vectors, plus a learned part that begins at zero.
@@ -120,10 +121,9 @@ class Gate(nn.Module):
 
     def colour(self, i: int, x: Float[Tensor, "n h w d"], black: Float[Tensor, "n h w"] | None = None) -> Float[Tensor, "n k"]:
         "Logits of the cells of colour `i`. `black`: 1 where a black cell changes, -1 where it does not, 0 at white ones."
-        y = x.permute(0, 3, 1, 2)
-        if black is not None: y = y + self.told(black.to(y.dtype)[:, None])
-        y = (y + self.look[i](y)).flatten(2).index_select(2, (self.black, self.white)[i])
-        return self.out[i](y.transpose(1, 2))[..., 0].float()
+        if black is not None: x = x + self.told(black.to(x.dtype)[:, None]).permute(0, 2, 3, 1)
+        x = x + self.look[i](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.out[i](x.flatten(1, 2).index_select(1, (self.black, self.white)[i]))[..., 0].float()
 
     def forward(self, x: Float[Tensor, "n h w d"], changed: Bool[Tensor, "n k"] | None):
         "Logits of all places and whether they change (n k): as `changed` says, or drawn."
@@ -181,10 +181,17 @@ class CodeHead(nn.Module):
 
     def cells(self, i: int) -> Int[Tensor, "k"]: return getattr(self, f"cells{i}")
     def mine(self, i: int) -> Bool[Tensor, "k"]: return getattr(self, f"mine{i}")
-    def read(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "n k e"] | None, rows: Int[Tensor, "r"] | None = None):
-        "What pass `i` makes of all places of its level (n k d), or of `rows` (r d), told the sum of what earlier passes have put on the finest grid."
-        if said is not None: x = x + self.told[i - 1](said.to(x.dtype)).view(x.shape)
-        if rows is not None: return self.norm[i](self.level[i](x, rows))
+    def tell(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "n k e"]) -> Float[Tensor, "n h w d"]:
+        "Tell pass `i` the sum of what earlier passes have put on the finest grid."
+        return x + self.told[i - 1](said.to(x.dtype)).view(x.shape)
+    def tell_some(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "r e"], rows: Int[Tensor, "r"]) -> Float[Tensor, "n h w d"]:
+        "The same, where nothing was said but at `rows`."
+        told = self.told[i - 1]; y = F.linear(said.to(x.dtype), told.weight)
+        return (x + told.bias.to(x.dtype)).flatten(0, 2).index_add_(0, rows, y.to(x.dtype)).view(x.shape)
+
+    def read(self, i: int, x: Float[Tensor, "n h w d"], at: Int[Tensor, "r 9"] | None = None):
+        "What pass `i`, told what it is to know, makes of all places of its level (n k d), or of a few (r d), given by their neighbourhoods."
+        if at is not None: return self.norm[i](self.level[i](x, at))
         x = self.level[i](x)
         if (g := self.grids[self.passes[i]]) < self.fine: x = x.unflatten(2, (g, -1)).unflatten(1, (g, -1)).mean((2, 4))
         return self.norm[i](x).flatten(1, 2)
@@ -199,6 +206,7 @@ class DreamState:
     "What a Hi-Dreamer knows: its memory (coarse codes and actions), the present frame's codes, the output after seeing them."
     cache: Cache
     codes: Int[Tensor, "b n"]
+    picture: Float[Tensor, "b k e"]     # their embeddings, all levels summed
     before: Float[Tensor, "b k e"]      # the previous frame's coarse embeddings, zero at the start of an episode
     h: Float[Tensor, "b d"]
 
@@ -306,10 +314,10 @@ class HiDreamer(WorldModel):
     def picture(self, maps) -> Float[Tensor, "... k e"]:
         "Sum of all levels on the finest grid."
         return sum(self.spread(m, l) for l, m in enumerate(maps))
-    def sight(self, names: tuple[str, ...], h: Float[Tensor, "... d"], maps: list[Tensor], before: Float[Tensor, "... k e"]) -> Float[Tensor, "... f"]:
-        "Those of `VIEWS` that are named, as one vector."
-        views = dict(state=lambda: h, picture=lambda: self.picture(maps).flatten(-2), before=lambda: before.flatten(-2))
-        return torch.cat([views[name]().float() for name in names], -1)
+    def sight(self, names: tuple[str, ...], h: Float[Tensor, "... d"], picture: Float[Tensor, "... k e"], before: Float[Tensor, "... k e"]):
+        "Those of `VIEWS` that are named, as one vector (... f)."
+        views = dict(state=h, picture=picture.flatten(-2), before=before.flatten(-2))
+        return torch.cat([views[name].float() for name in names], -1)
     def level_tokens(self, maps) -> Float[Tensor, "... m d"]:
         "One token per level."
         return torch.stack([f(m.flatten(-2)) for f, m in zip(self.tokens, maps)], -2)
@@ -343,9 +351,9 @@ class HiDreamer(WorldModel):
     def taught(self, x: Float[Tensor, "n h w d"], new: list[Float[Tensor, "n k e"]], changed: Bool[Tensor, "n k"] | None = None,
                rows: Int[Tensor, "r"] | None = None) -> list[Tensor]:
         "Logits of every level, of all places (n k c) or of `rows` (r c); each pass is told what earlier ones should have said (where it `changed`)."
-        seen, said = [None] * len(new), None
+        seen, said, at = [None] * len(new), None, None if rows is None else around(rows, self.fine)
         for i, l in enumerate(self.head.passes):
-            z, part, cells = self.head.read(i, x, said, rows), new[l], self.head.cells(i)
+            z, part, cells = self.head.read(i, x if said is None else self.head.tell(i, x, said), at), new[l], self.head.cells(i)
             if len(cells) < self.sizes[l]:
                 mine = self.head.mine(i)[:, None]
                 part = part * mine
@@ -362,7 +370,7 @@ class HiDreamer(WorldModel):
     @torch.no_grad()
     def expected(self, state: DreamState, action: Int[Tensor, "b"], codes: Int[Tensor, "b n"]) -> list[Float[Tensor, "b k c"]]:
         "Logits of every level for the frame after `action`, each level told what `codes` says of those before. `step` may follow with the same action."
-        h, now = self.transformer.act(action, state.cache), self.picture(self.maps(state.codes))
+        h, now = self.transformer.act(action, state.cache), state.picture
         return self.believed(self.head.stem(h, now, state.before), now, codes, state.codes)
 
     def believed(self, x: Float[Tensor, "n h w d"], now: Float[Tensor, "n k e"], new: Int[Tensor, "n m"], old: Int[Tensor, "n m"]) -> list[Tensor]:
@@ -419,7 +427,7 @@ class HiDreamer(WorldModel):
             logs[f"nll_changed_l{l}"] = (nll * changed).sum().detach() / changed.sum().clamp(min=1)
             nll = (nll if rows is None else nll * weight).sum() / len(x)
             total, logs[f"nll_l{l}"] = total + nll, nll.detach()
-        judged = self.sight(self.cfg.judge_sees, y[:, :, -2], maps, self.earlier(maps))
+        judged = self.sight(self.cfg.judge_sees, y[:, :, -2], self.picture(maps), self.earlier(maps))
         reward, cont = self.outcome_loss(judged[:, 1:], seg)
         total, logs = total + reward + cont, logs | dict(reward=reward.detach(), cont=cont.detach())
         if self.cfg.foresee:
@@ -451,16 +459,16 @@ class HiDreamer(WorldModel):
         codes = self.codes(seg)
         maps = self.maps(codes)
         y, cache = self.transformer.prefill(self.level_tokens(maps), seg.actions[:, :-1])
-        before = self.earlier(maps)
-        seen = self.sight(self.cfg.policy_sees, y[:, :, -2], maps, before) if every else None
-        return DreamState(cache, codes[:, -1], before[:, -1], y[:, -1, -2]), seen
+        h, picture, before = y[:, :, -2], self.picture(maps), self.earlier(maps)
+        seen = self.sight(self.cfg.policy_sees, h, picture, before) if every else None
+        return DreamState(cache, codes[:, -1], picture[:, -1], before[:, -1], h[:, -1]), seen
 
     def track(self, state, action, frames, first):
         self.transformer.act(action, state.cache)
         state.cache.reset(first)
         before = self.spread(self.maps(state.codes)[0], 0) * ~first[:, None, None]
-        codes = self.tokenizer.encode(frames[:, None])[:, 0]
-        return DreamState(state.cache, codes, before, self.transformer.see(self.level_tokens(self.maps(codes)), state.cache)[:, -1])
+        codes = self.tokenizer.encode(frames[:, None])[:, 0]; maps = self.maps(codes)
+        return DreamState(state.cache, codes, self.picture(maps), before, self.transformer.see(self.level_tokens(maps), state.cache)[:, -1])
 
     def paint(self, x: Float[Tensor, "b h w d"], now: Float[Tensor, "b k e"], codes: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
         "The next frame's codes, drawn pass by pass. `x`: what the passes share; `now`, `codes`: the present frame."
@@ -469,18 +477,17 @@ class HiDreamer(WorldModel):
         if self.cfg.changes:
             logits, changed = self.head.gate(x, None)
             rows, some, changed = self.choose(logits.sigmoid(), changed)
-            x, k = self.head.settle(x, now, changed), changed.shape[1]
+            x, k, at = self.head.settle(x, now, changed), changed.shape[1], around(rows, self.fine)
             frame, place = rows.div(k, rounding_mode="floor"), rows % k
         for i, l in enumerate(self.head.passes):
             cells = self.head.cells(i)
             if self.cfg.changes:
-                mine = some & self.head.mine(i)[place]
-                drawn = draw(self.logits(l, self.head.read(i, x, said, rows)), self.cfg.temperature).where(mine, levels[l][frame, place])
+                mine, z = some & self.head.mine(i)[place], x if said is None else self.head.tell_some(i, x, said, rows)
+                drawn = draw(self.logits(l, self.head.read(i, z, at)), self.cfg.temperature).where(mine, levels[l][frame, place])
                 levels[l][frame, place] = drawn
                 m = self.embed(l, drawn) * mine[:, None]
-                m = m.new_zeros(changed.numel(), m.shape[-1]).index_copy(0, rows, m).view(*changed.shape, -1)
             else:
-                z = self.head.read(i, x, said)
+                z = self.head.read(i, x if said is None else self.head.tell(i, x, said))
                 if len(cells) < self.sizes[l]: z = z[:, cells]
                 levels[l][:, cells] = drawn = draw(self.logits(l, z), self.cfg.temperature)
                 m = self.put(self.embed(l, drawn), l, cells)
@@ -489,22 +496,22 @@ class HiDreamer(WorldModel):
 
     def step(self, state, action):
         h = self.transformer.act(action, state.cache, bool(self.parts))
-        codes, before, tokens = self.part(HiDreamer.imagined, h, state.codes, state.before)
+        codes, picture, before, tokens = self.part(HiDreamer.imagined, h, state.codes, state.picture, state.before)
         h = self.transformer.see(tokens, state.cache, bool(self.parts))[:, -1]
-        return Step(DreamState(state.cache, codes, before, h), *self.part(HiDreamer.outcome, h, codes, before))
+        return Step(DreamState(state.cache, codes, picture, before, h), *self.part(HiDreamer.outcome, h, picture, before))
 
-    def imagined(self, h, codes, before):
-        "The next frame's codes, what will then be `before`, and the tokens that enter the memory."
-        maps = self.maps(codes); now = self.picture(maps)
-        codes = self.paint(self.head.stem(h, now, before), now, codes)
-        return codes, self.spread(maps[0], 0), self.level_tokens(self.maps(codes))
-    def outcome(self, h, codes, before):
+    def imagined(self, h, codes, now, before):
+        "The next frame's codes and picture, what will then be `before`, and the tokens that enter the memory. `now`: the present picture."
+        coarse = self.spread(self.embed(0, codes[:, :self.sizes[0]]), 0)
+        codes = self.paint(self.head.stem(h, now, before), now, codes); maps = self.maps(codes)
+        return codes, self.picture(maps), coarse, self.level_tokens(maps)
+    def outcome(self, h, picture, before):
         "Expected reward and probability that the episode goes on."
-        judged = self.sight(self.cfg.judge_sees, h, self.maps(codes), before)
+        judged = self.sight(self.cfg.judge_sees, h, picture, before)
         return self.twohot.mean(self.reward(judged)[:, :len(self.twohot.centres)]), self.cont(judged)[:, 0].float().sigmoid()
 
-    def look(self, h, codes, before): return self.sight(self.cfg.policy_sees, h, self.maps(codes), before)
-    def features(self, state): return self.part(HiDreamer.look, state.h, state.codes, state.before)
+    def look(self, h, picture, before): return self.sight(self.cfg.policy_sees, h, picture, before)
+    def features(self, state): return self.part(HiDreamer.look, state.h, state.picture, state.before)
     def decode(self, state): return self.tokenizer.decode(state.codes[:, None])[:, 0]
     def by_level(self, seg):
         "Real frames rebuilt from the codes of L0, of L0 and L1, and so on."
@@ -514,7 +521,7 @@ class HiDreamer(WorldModel):
     def diagnose(self, episodes): return dict(tokens=token_accuracy(self, episodes))
     def repeat(self, state, n):
         again = lambda x: x.repeat_interleave(n, 0)
-        return replace(state, cache=state.cache.repeat(n), codes=again(state.codes), before=again(state.before), h=again(state.h))
+        return replace(state, cache=state.cache.repeat(n), **{k: again(getattr(state, k)) for k in ("codes", "picture", "before", "h")})
 
 # %% ../../nbs/41_worlds.hidreamer.ipynb #cell-016
 class Contrast(nn.Module):
