@@ -31,7 +31,7 @@ from ..data.replay import Replay
 from ..evaluate.scores import evaluate
 from ..run import Run, provenance, write_atomic
 from ..train import TrainConfig, follow, load_world, preset
-from ..worlds.hidreamer import HiDreamer, HiDreamerConfig, token_accuracy
+from ..worlds.hidreamer import VIEWS, HiDreamer, HiDreamerConfig, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
 def trained(run: str | Path) -> HiDreamer:
@@ -67,15 +67,17 @@ def points(run: str | Path, per: int = 10_000) -> list[list[int]]:
 
 @torch.no_grad()
 def state_knows(world: HiDreamer, games: list, game: str, context: int = 8, per: int = 150) -> dict[str, dict[str, list[float]]]:
-    """What linear probes read of every thing's [position, velocity] (R2) from the `picture` (embeddings of the codes) and from the `state`: what a policy sees.
+    """What linear probes read of every thing's [position, velocity] (R2) from the picture (embeddings of the codes), the state, and the picture
+    with the coarse one before.
 
     `games` from `labelled`, up to `per` moments of each; every fourth one is asked about, and another fourth chooses the penalty."""
-    world.eval(); seen, things = dict(picture=[], state=[]), {}
+    views = {"picture": ("picture",), "state": ("state",), "two pictures": ("picture", "before")}
+    world.eval(); seen, things = {k: [] for k in views}, {}
     for i, (e, memory) in enumerate(games):
         at = np.unique(np.linspace(context, e.time - 1, per).astype(int))
         for part in np.array_split(at, -(-len(at) // 50)):
             s = world.observe(Segment.join([e[:, t - context + 1:t + 1] for t in part]))
-            seen["picture"].append(world.picture(world.maps(s.codes)).flatten(1).float()); seen["state"].append(s.h.float())
+            for k, names in views.items(): seen[k].append(world.sight(names, s.h, s.picture, s.before))
         for name, (x, there) in ball_and_paddles(game, memory).items():
             v = x[at].astype(float) - x[at - 1]
             things.setdefault(name, []).append(np.stack([x[at], v, there[at] & there[at - 1] & (abs(v) < 40), np.full(len(at), i % 4)]))
@@ -114,6 +116,8 @@ ARMS = {
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
     "half the width": dict(width=128),
     "dropout": dict(dropout=.1),
+    "rewards from the state alone": dict(judge_sees=("state",)),
+    "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
     "dense, equal total": dict(experts=(1,)),                  # and wider
     "two experts in every layer": dict(experts=(2,)),

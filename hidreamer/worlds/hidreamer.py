@@ -36,7 +36,7 @@ class HiDreamerConfig(Config):
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
     foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
-    judge_sees: tuple[str, ...] = ("state",)              # what rewards and ends are read from: of state, picture, before (the coarse picture of the frame before)
+    judge_sees: tuple[str, ...] = ("state",)              # rewards and ends are read from: state, picture, before (the coarse picture of the frame before)
     policy_sees: tuple[str, ...] = ("state", "picture")   # the same for what a policy is shown
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
     contrast: int = 0           # steps ahead of the action-conditioned contrastive loss (TWISTER uses 10); 0 = off
@@ -337,7 +337,8 @@ class HiDreamer(WorldModel):
         return loss, logs
 
     def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        "What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, all maps (b t k e), the transformer's outputs, its side losses."
+        """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, all maps (b t k e),
+        the transformer's outputs, its side losses."""
         maps = self.maps(codes)
         y, aux = self.transformer(self.level_tokens(maps), actions)
         now = self.picture(maps)[:, :-1].flatten(0, 1)
