@@ -117,7 +117,7 @@ class TrainConfig(Config):
         for name in ("beta2", "ema"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         for name, x, off in (("ema", self.ema, "--ema"), ("ppo.real", self.real, "--ppo.real")):
             check(not x or self.world == "hidreamer", name, x, f"is for world=hidreamer, not {self.world}", f"Use {off} 0.")
-        check(not self.real or self.dream_context > 1, "ppo.real", self.real, "needs a --dream-context above 1", "Or use --ppo.real 0.")
+        check(not self.real or self.dream_context > 2, "ppo.real", self.real, "needs a --dream-context above 2", "Or use --ppo.real 0.")
         check(self.length >= 2, "length", self.length, "must be at least 2", "A world learns from one step to the next.")
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
@@ -494,7 +494,8 @@ class Trainer:
             world, seg, real = self.agent.world, Segment(*parts), None
             if self.cfg.real:
                 state, seen = world.watch(seg)
-                real = Experience(*(x.transpose(0, 1) for x in (seen, seg.rewards[:, :-1], 1 - seg.terminated[:, :-1].float())))
+                seen, rewards, terminated = (x[:, 1:] for x in (seen, seg.rewards, seg.terminated))      # what was before a segment began it does not know
+                real = Experience(*(x.transpose(0, 1) for x in (seen, rewards[:, :-1], 1 - terminated[:, :-1].float())))
             else: state = world.starts(seg)
             rollout = imagine(world, self.policy, world.repeat(state, self.cfg.dream_repeat), self.cfg.horizon)
         return self.learner.learn(rollout, real) if isinstance(self.learner, PPO) else self.learner.update(rollout)

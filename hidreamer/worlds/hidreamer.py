@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..core import Config, Segment, check
 from ..device import at_home
-from ..nets.moe import gather
 from ..nets.transformer import Cache, Transformer, TransformerConfig
 from ..tokens.tokenizer import Tokenizer, TokenizerConfig
 from .base import Step, TwoHot, WorldModel, mlp
@@ -55,6 +54,8 @@ class HiDreamerConfig(Config):
         for name in ("judge_sees", "policy_sees"):
             sees = getattr(self, name)
             check(sees and len(set(sees)) == len(sees) and set(sees) <= set(VIEWS), name, sees, f"must name some of {', '.join(VIEWS)}, each once")
+        asked = "state" in self.judge_sees or self.foresee or self.contrast
+        check(asked or "state" not in self.policy_sees, "policy_sees", self.policy_sees, "has a state that nothing teaches", "Add state to --model.judge-sees.")
         check(all(k >= 1 for k in self.foresee), "foresee", self.foresee, "must be steps ahead, at least 1 each")
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]", "1 samples what the model believes.")
         return super().check()
@@ -70,8 +71,8 @@ class LocalBlock(nn.Module):
     def forward(self, x: Float[Tensor, "n h w d"], at: Int[Tensor, "r 9"] | None = None):
         "Of every place (n h w d), or of a few (r d), given by their neighbourhoods."
         if at is None: return self.mix(x, self.look(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        kernel, x = self.look.weight.flatten(1).t().to(x.dtype), x.flatten(0, 2)
-        near = gather(x, at.flatten()).unflatten(0, at.shape)
+        kernel = self.look.weight.flatten(1).t().to(x.dtype)
+        near = F.pad(x, (0, 0, 1, 1, 1, 1)).flatten(0, 2).index_select(0, at.flatten()).unflatten(0, at.shape)
         return self.mix(near[:, 4], (near * kernel).sum(1) + self.look.bias.to(x.dtype))
     def mix(self, x: Float[Tensor, "... d"], y: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
         y = self.down(F.silu(self.up(self.norm(y))))
@@ -82,11 +83,11 @@ def rows_of(at: Int[Tensor, "n m"], places: int) -> Int[Tensor, "nm"]:
     return (at + torch.arange(len(at), device=at.device)[:, None] * places).flatten()
 
 def around(rows: Int[Tensor, "r"], grid: int) -> Int[Tensor, "r 9"]:
-    "The 3x3 neighbourhood of some places, -1 beyond the map's edge. `rows`: places in all maps laid end to end."
-    step = torch.arange(-1, 2, device=rows.device)
-    y, x = rows.div(grid, rounding_mode="floor")[:, None] % grid + step, rows[:, None] % grid + step
-    inside = ((y >= 0) & (y < grid))[:, :, None] & ((x >= 0) & (x < grid))[:, None]
-    return (rows[:, None, None] + step[:, None] * grid + step).masked_fill_(~inside, -1).flatten(1)
+    "The 3x3 neighbourhood of some places, as rows of all maps laid end to end with an edge of one place around each. `rows`: the places, without edges."
+    line, step = grid + 2, torch.arange(3, device=rows.device)
+    y, x = rows.div(grid, rounding_mode="floor"), rows % grid
+    corner = y.div(grid, rounding_mode="floor") * line ** 2 + y % grid * line + x
+    return corner[:, None] + (step[:, None] * line + step).flatten()
 
 class CodeTable(nn.Module):
     """A vector for every code: a linear map of the codebook's own vectors, plus a learned part that begins at zero.
@@ -181,13 +182,12 @@ class CodeHead(nn.Module):
 
     def cells(self, i: int) -> Int[Tensor, "k"]: return getattr(self, f"cells{i}")
     def mine(self, i: int) -> Bool[Tensor, "k"]: return getattr(self, f"mine{i}")
-    def tell(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "n k e"]) -> Float[Tensor, "n h w d"]:
-        "Tell pass `i` the sum of what earlier passes have put on the finest grid."
-        return x + self.told[i - 1](said.to(x.dtype)).view(x.shape)
-    def tell_some(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "r e"], rows: Int[Tensor, "r"]) -> Float[Tensor, "n h w d"]:
-        "The same, where nothing was said but at `rows`."
-        told = self.told[i - 1]; y = F.linear(said.to(x.dtype), told.weight)
-        return (x + told.bias.to(x.dtype)).flatten(0, 2).index_add_(0, rows, y.to(x.dtype)).view(x.shape)
+    def tell(self, i: int, x: Float[Tensor, "n h w d"], said: Float[Tensor, "... e"] | None, rows: Int[Tensor, "r"] | None = None):
+        "Tell pass `i` the sum of what earlier passes have put on the finest grid (n k e); or at `rows` (r e), and nothing elsewhere."
+        if said is None: return x
+        told, said = self.told[i - 1], said.to(x.dtype)
+        if rows is None: return x + told(said).view(x.shape)
+        return (x + told.bias.to(x.dtype)).flatten(0, 2).index_add_(0, rows, F.linear(said, told.weight).to(x.dtype)).view(x.shape)
 
     def read(self, i: int, x: Float[Tensor, "n h w d"], at: Int[Tensor, "r 9"] | None = None):
         "What pass `i`, told what it is to know, makes of all places of its level (n k d), or of a few (r d), given by their neighbourhoods."
@@ -246,9 +246,8 @@ class HiDreamer(WorldModel):
         self.tokens = nn.ModuleList(nn.Linear(s * cfg.code_dim, width) for s in t.sizes)
         self.head = CodeHead(cfg, width)
         self.twohot = TwoHot()
-        picture = self.fine ** 2 * cfg.code_dim
-        wide = lambda sees: sum(width if name == "state" else picture for name in sees)
-        self.feature_dim, judged = wide(cfg.policy_sees), wide(cfg.judge_sees)
+        numbers = lambda sees: sum(width if name == "state" else self.fine ** 2 * cfg.code_dim for name in sees)
+        self.feature_dim, judged = numbers(cfg.policy_sees), numbers(cfg.judge_sees)
         self.reward = mlp([judged, width, cfg.reward_steps * len(self.twohot.centres)], out_scale=0.)
         self.cont = mlp([judged, width, 1], out_scale=0.)
         with torch.no_grad(): self.cont[-1].bias.fill_(4.)
@@ -337,13 +336,14 @@ class HiDreamer(WorldModel):
         return loss, logs
 
     def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, all maps (b t k e),
-        the transformer's outputs, its side losses."""
+        """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, the transformer's outputs, its side losses;
+        and all `VIEWS` of steps 0, 1, ... (b t ...)."""
         maps = self.maps(codes)
         y, aux = self.transformer(self.level_tokens(maps), actions)
-        now = self.picture(maps)[:, :-1].flatten(0, 1)
-        x = self.head.stem(y[:, :-1, -1].flatten(0, 1), now, self.earlier(maps)[:, :-1].flatten(0, 1))
-        return x, now, [m[:, 1:].flatten(0, 1) for m in maps], maps, y, aux
+        views = y[:, :, -2], self.picture(maps), self.earlier(maps)
+        now, before = (v[:, :-1].flatten(0, 1) for v in views[1:])
+        x = self.head.stem(y[:, :-1, -1].flatten(0, 1), now, before)
+        return x, now, [m[:, 1:].flatten(0, 1) for m in maps], y, aux, views
 
     def earlier(self, maps: list[Float[Tensor, "b t k e"]]) -> Float[Tensor, "b t k2 e"]:
         "The coarse picture of the frame before each, zero before the first."
@@ -354,7 +354,7 @@ class HiDreamer(WorldModel):
         "Logits of every level, of all places (n k c) or of `rows` (r c); each pass is told what earlier ones should have said (where it `changed`)."
         seen, said, at = [None] * len(new), None, None if rows is None else around(rows, self.fine)
         for i, l in enumerate(self.head.passes):
-            z, part, cells = self.head.read(i, x if said is None else self.head.tell(i, x, said), at), new[l], self.head.cells(i)
+            z, part, cells = self.head.read(i, self.head.tell(i, x, said), at), new[l], self.head.cells(i)
             if len(cells) < self.sizes[l]:
                 mine = self.head.mine(i)[:, None]
                 part = part * mine
@@ -365,7 +365,7 @@ class HiDreamer(WorldModel):
 
     def predict(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
         "Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses."
-        x, now, _, _, y, aux = self.ahead(codes, actions)
+        x, now, _, y, aux, _ = self.ahead(codes, actions)
         return self.believed(x, now, codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)), y, aux
 
     @torch.no_grad()
@@ -410,7 +410,7 @@ class HiDreamer(WorldModel):
 
     def dynamics(self, codes: Int[Tensor, "b t n"], seg: Segment):
         "The loss of everything but the tokenizer, given the codes of `seg`."
-        x, now, new, maps, y, aux = self.ahead(codes, seg.actions)
+        x, now, new, y, aux, views = self.ahead(codes, seg.actions)
         total, logs = aux["z_loss"], dict(load=aux["load"].detach())
         after, before = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
         rows, any_level = None, self.changed(after, before) if self.cfg.changes or self.cfg.foresee else None
@@ -428,8 +428,7 @@ class HiDreamer(WorldModel):
             logs[f"nll_changed_l{l}"] = (nll * changed).sum().detach() / changed.sum().clamp(min=1)
             nll = (nll if rows is None else nll * weight).sum() / len(x)
             total, logs[f"nll_l{l}"] = total + nll, nll.detach()
-        judged = self.sight(self.cfg.judge_sees, y[:, :, -2], self.picture(maps), self.earlier(maps))
-        reward, cont = self.outcome_loss(judged[:, 1:], seg)
+        reward, cont = self.outcome_loss(self.sight(self.cfg.judge_sees, *views)[:, 1:], seg)
         total, logs = total + reward + cont, logs | dict(reward=reward.detach(), cont=cont.detach())
         if self.cfg.foresee:
             f = self.foresight(y[:, :, -2], any_level.unflatten(0, (len(codes), -1)))
@@ -483,12 +482,12 @@ class HiDreamer(WorldModel):
         for i, l in enumerate(self.head.passes):
             cells = self.head.cells(i)
             if self.cfg.changes:
-                mine, z = some & self.head.mine(i)[place], x if said is None else self.head.tell_some(i, x, said, rows)
-                drawn = draw(self.logits(l, self.head.read(i, z, at)), self.cfg.temperature).where(mine, levels[l][frame, place])
+                mine, z = some & self.head.mine(i)[place], self.head.read(i, self.head.tell(i, x, said, rows), at)
+                drawn = draw(self.logits(l, z), self.cfg.temperature).where(mine, levels[l][frame, place])
                 levels[l][frame, place] = drawn
                 m = self.embed(l, drawn) * mine[:, None]
             else:
-                z = self.head.read(i, x if said is None else self.head.tell(i, x, said))
+                z = self.head.read(i, self.head.tell(i, x, said))
                 if len(cells) < self.sizes[l]: z = z[:, cells]
                 levels[l][:, cells] = drawn = draw(self.logits(l, z), self.cfg.temperature)
                 m = self.put(self.embed(l, drawn), l, cells)
