@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cpu', 'atari100k', 'debug', 'small', 'tiny',
-           'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'make_parts', 'follow',
-           'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train', 'load_agent', 'load_world',
-           'publish', 'folder_of']
+           'sparse', 'recurrent', 'preset', 'Trainer', 'fits', 'check_optimizer', 'held_out', 'experienced',
+           'make_parts', 'follow', 'make_agent', 'check_fit', 'load_weights', 'beside', 'put_beside', 'train',
+           'load_agent', 'load_world', 'publish', 'folder_of']
 
 # %% ../nbs/60_train.ipynb #cell-003
 import copy
@@ -17,6 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
@@ -490,14 +491,10 @@ class Trainer:
 
     def dream_from(self, *parts: Tensor) -> dict[str, Tensor | float]:
         "The policy dreams on from the parts of a segment, and learns from that."
-        with torch.no_grad(), autocast(self.device, self.cfg.precision), self.agent.world.fused():
-            world, seg, real = self.agent.world, Segment(*parts), None
-            if self.cfg.real:
-                state, seen = world.watch(seg)
-                seen, rewards, terminated = (x[:, 1:] for x in (seen, seg.rewards, seg.terminated))      # what was before a segment began it does not know
-                real = Experience(*(x.transpose(0, 1) for x in (seen, rewards[:, :-1], 1 - terminated[:, :-1].float())))
-            else: state = world.starts(seg)
-            rollout = imagine(world, self.policy, world.repeat(state, self.cfg.dream_repeat), self.cfg.horizon)
+        world, seg, cfg = self.agent.world, Segment(*parts), self.cfg
+        with torch.no_grad(), autocast(self.device, cfg.precision), world.fused():
+            state, real = experienced(world, seg) if cfg.real else (world.starts(seg), None)
+            rollout = imagine(world, self.policy, world.repeat(state, cfg.dream_repeat), cfg.horizon)
         return self.learner.learn(rollout, real) if isinstance(self.learner, PPO) else self.learner.update(rollout)
 
     # ---- the order of things
@@ -641,6 +638,13 @@ def held_out(agent: Agent, cfg: TrainConfig, seed: int = 0, envs: int = 8, steps
         agent.reset()
         return [e for e in replay.episodes(whole=False) if e.time > cfg.dream_context + 15]
     finally: vec.close()
+
+def experienced(world: HiDreamer, seg: Segment) -> tuple[Any, Experience]:
+    """The state at the end of a segment, and what happened in it, as a policy sees it.
+
+    The first step is left out: what came before it is not known."""
+    (state, seen), rewards, ended = world.watch(seg), seg.rewards[:, 1:-1], seg.terminated[:, 1:-1]
+    return state, Experience(*(x.transpose(0, 1) for x in (seen[:, 1:], rewards, 1 - ended.float())))
 
 def make_parts(cfg: TrainConfig, actions: int) -> tuple[WorldModel, nn.Module]:
     "World and policy as `cfg` describes them, untrained."

@@ -246,8 +246,7 @@ class HiDreamer(WorldModel):
         self.tokens = nn.ModuleList(nn.Linear(s * cfg.code_dim, width) for s in t.sizes)
         self.head = CodeHead(cfg, width)
         self.twohot = TwoHot()
-        numbers = lambda sees: sum(width if name == "state" else self.fine ** 2 * cfg.code_dim for name in sees)
-        self.feature_dim, judged = numbers(cfg.policy_sees), numbers(cfg.judge_sees)
+        judged = self.sight_dim(cfg.judge_sees)
         self.reward = mlp([judged, width, cfg.reward_steps * len(self.twohot.centres)], out_scale=0.)
         self.cont = mlp([judged, width, 1], out_scale=0.)
         with torch.no_grad(): self.cont[-1].bias.fill_(4.)
@@ -255,6 +254,8 @@ class HiDreamer(WorldModel):
         if cfg.foresee: self.foresee = nn.Linear(width, len(cfg.foresee) * self.sizes[0])
         self.learn_tokens, self.fast, self.parts = True, {}, {}         # fused functions: all, and those in use
 
+    @property
+    def feature_dim(self) -> int: return self.sight_dim(self.cfg.policy_sees)
     @property
     def coder(self): return None if self.learn_tokens else self.tokenizer.encode
     def codes(self, seg: Segment) -> Int[Tensor, "b t n"]:
@@ -313,6 +314,9 @@ class HiDreamer(WorldModel):
     def picture(self, maps) -> Float[Tensor, "... k e"]:
         "Sum of all levels on the finest grid."
         return sum(self.spread(m, l) for l, m in enumerate(maps))
+    def sight_dim(self, names: tuple[str, ...]) -> int:
+        "How many numbers `sight` returns."
+        return sum(self.cfg.transformer.width if name == "state" else self.fine ** 2 * self.cfg.code_dim for name in names)
     def sight(self, names: tuple[str, ...], h: Float[Tensor, "... d"], picture: Float[Tensor, "... k e"], before: Float[Tensor, "... k e"]):
         "Those of `VIEWS` that are named, as one vector (... f)."
         views = dict(state=h, picture=picture.flatten(-2), before=before.flatten(-2))
