@@ -92,6 +92,7 @@ class Reader:
         with own_randomness(seed):
             self.net = Maps(self.names, frames.shape[-1]).train()
             optimizer = torch.optim.AdamW(self.net.parameters(), 1e-2)
+            updates *= len(pictures)                                                         # as many for each kind of picture
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, updates, pct_start=.1)
             for i in tqdm(range(updates), f"reader of {game}", unit="update", mininterval=1, leave=False):
                 rows = torch.randint(len(frames), (batch,))
