@@ -34,6 +34,9 @@ class HiDreamerConfig(Config):
     halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
+    noise: float = 0.           # share of places that are seen wrong while learning: with the codes of another segment
+    state_dropout: float = 0.   # share of the transformer's output that the code head does not hear while learning, so that it looks at the picture
+    judge_dropout: float = 0.   # the same of what rewards and ends are read from
     foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
     judge_sees: tuple[str, ...] = ("state",)              # rewards and ends are read from: state, picture, before (the coarse picture of the frame before)
     policy_sees: tuple[str, ...] = ("state", "picture")   # the same for what a policy is shown
@@ -56,6 +59,7 @@ class HiDreamerConfig(Config):
             check(sees and len(set(sees)) == len(sees) and set(sees) <= set(VIEWS), name, sees, f"must name some of {', '.join(VIEWS)}, each once")
         asked = "state" in self.judge_sees or self.foresee or self.contrast
         check(asked or "state" not in self.policy_sees, "policy_sees", self.policy_sees, "has a state that nothing teaches", "Add state to --model.judge-sees.")
+        for name in ("noise", "state_dropout", "judge_dropout"): check(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be in [0, 1)")
         check(all(k >= 1 for k in self.foresee), "foresee", self.foresee, "must be steps ahead, at least 1 each")
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]", "1 samples what the model believes.")
         return super().check()
@@ -145,7 +149,7 @@ class CodeHead(nn.Module):
     def __init__(self, cfg: HiDreamerConfig, width: int):
         super().__init__()
         t, d = cfg.tokens, cfg.head_width
-        self.grids, self.fine, self.place_dim = t.grids, t.fine, cfg.place_dim
+        self.grids, self.fine, self.place_dim, self.dropout = t.grids, t.fine, cfg.place_dim, cfg.state_dropout
         self.places = nn.Linear(width, self.fine ** 2 * cfg.place_dim)
         self.whole = nn.Linear(width, d)
         self.inp = nn.Linear(2 * cfg.code_dim + cfg.place_dim, d)
@@ -171,6 +175,7 @@ class CodeHead(nn.Module):
     def stem(self, h: Float[Tensor, "n d"], now: Float[Tensor, "n k e"], before: Float[Tensor, "n k e"]):
         "What all levels share: (n h w d)."
         g = self.fine
+        if self.dropout: h = F.dropout(h, self.dropout, self.training)
         place = self.places(h).view(len(h), g * g, self.place_dim)
         x = self.inp(torch.cat([now.to(place.dtype), before.to(place.dtype), place], -1)).view(len(h), g, g, -1)
         return self.trunk(x + self.whole(h)[:, None, None] + self.position.to(x.dtype))
@@ -343,11 +348,18 @@ class HiDreamer(WorldModel):
         """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, the transformer's outputs, its side losses;
         and all `VIEWS` of steps 0, 1, ... (b t ...)."""
         maps = self.maps(codes)
-        y, aux = self.transformer(self.level_tokens(maps), actions)
-        views = y[:, :, -2], self.picture(maps), self.earlier(maps)
+        seen = self.maps(self.mistaken(codes)) if self.training and self.cfg.noise else maps
+        y, aux = self.transformer(self.level_tokens(seen), actions)
+        views = y[:, :, -2], self.picture(seen), self.earlier(seen)
         now, before = (v[:, :-1].flatten(0, 1) for v in views[1:])
         x = self.head.stem(y[:, :-1, -1].flatten(0, 1), now, before)
         return x, now, [m[:, 1:].flatten(0, 1) for m in maps], y, aux, views
+
+    def mistaken(self, codes: Int[Tensor, "b t n"]) -> Int[Tensor, "b t n"]:
+        "A share `noise` of the places has the codes of the segment in the row before, on all levels."
+        hit = torch.rand(*codes.shape[:2], self.fine, self.fine, device=codes.device) < self.cfg.noise
+        skip = [self.fine // g for g in self.cfg.tokens.grids]
+        return torch.where(torch.cat([hit[..., ::s, ::s].flatten(2) for s in skip], -1), codes.roll(1, 0), codes)
 
     def earlier(self, maps: list[Float[Tensor, "b t k e"]]) -> Float[Tensor, "b t k2 e"]:
         "The coarse picture of the frame before each, zero before the first."
@@ -445,6 +457,7 @@ class HiDreamer(WorldModel):
     def outcome_loss(self, seen: Float[Tensor, "b t d"], seg: Segment) -> tuple[Tensor, Tensor]:
         "Cross-entropy of rewards (the one that led here and `reward_steps - 1` more) and of the end, in nats per step."
         n, t = self.cfg.reward_steps, seen.shape[1]
+        if self.cfg.judge_dropout: seen = F.dropout(seen, self.cfg.judge_dropout, self.training)
         logits = self.reward(seen).unflatten(-1, (n, -1))
         parts = [self.twohot.loss(logits[:, :t - i, i], seg.rewards[:, i:t]).mean() for i in range(min(n, t))]
         cont = F.binary_cross_entropy_with_logits(self.cont(seen)[..., 0].float(), 1 - seg.terminated[:, :-1].float())
