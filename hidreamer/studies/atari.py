@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows', 'look',
            'changed', 'Codes', 'learn', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3', 'Sb3Agent',
-           'model_free', 'compare_model_free', 'practise', 'policies', 'look_at', 'main']
+           'model_free', 'compare_model_free', 'practise', 'policies', 'lost_points', 'lost', 'new_games', 'stretch',
+           'nats_of', 'by_heart', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from ..behave.agent import Agent
-from ..behave.imagine import imagine
+from ..behave.imagine import evaluating, imagine
 from ..behave.ppo import PPO, Policy
 from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
 from ..evaluate.bench import paired, quartiles, random_segment
@@ -30,10 +31,11 @@ from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_reward
 from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
 from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
-from ..data.replay import Replay
-from ..evaluate.scores import evaluate
+from ..data.replay import Collector, Replay
+from ..evaluate.scores import HELD_OUT_SEED, evaluate, own_randomness
+from ..evaluate.statistics import bootstrap_interval
 from ..run import Run, provenance, write_atomic
-from ..train import TrainConfig, experienced, follow, load_world, preset
+from ..train import TrainConfig, experienced, follow, load_agent, load_world, preset
 from ..worlds.hidreamer import VIEWS, HiDreamer, HiDreamerConfig, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
@@ -119,6 +121,10 @@ ARMS = {
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
     "half the width": dict(width=128),
     "dropout": dict(dropout=.1),
+    "by heart": dict(noise=0., state_dropout=0., judge_dropout=0.),
+    "by heart, three times the dropout": dict(noise=0., state_dropout=0., judge_dropout=0., dropout=.3),
+    "state dropout": dict(noise=0., judge_dropout=0.),         # with the design's own share of it
+    "seen wrong": dict(state_dropout=0., judge_dropout=0.),
     "rewards from the state alone": dict(judge_sees=("state",)),
     "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
@@ -366,6 +372,113 @@ def policies(run: str | Path, players: list[str], seeds: list[int], out: Path, d
         write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
     return report
 
+# %% ../../nbs/75_studies.atari.ipynb #lost0002
+@torch.no_grad()
+def lost_points(agent: Agent, games: Replay, before: int = 10, horizon: int = 15, dreams: int = 8, holds: tuple[int, ...] = (2, 4, 6, 8),
+                most: int = 96) -> list[dict]:
+    """Of every lost point (or other punishment) in `games`, `before` steps earlier: the expected rewards of the next `horizon` steps in dreams
+    if the policy acts (`own`), and if one action is held and then action 0 taken (`out`: the best of all actions and `holds`); the probability
+    of the policy's favourite action (`sure`)."""
+    world, policy, context = agent.world, agent.policy, agent.world.cfg.transformer.context
+    at = [(e, t) for e in games.episodes(whole=False) for t in torch.nonzero(e.rewards[0] < 0)[:, 0].tolist() if t - before >= context - 1]
+    check(at, "games", len(games), "hold no lost point that is late enough in its game", "Let it play longer: --asked.")
+    ways, rows = [(a, k) for a in range(world.actions) for k in holds], []
+    def pay(state, chosen: list[tuple[int, int]], n: int) -> Tensor:
+        "What `n` dreams pay on average, a way for each row of the state."
+        state, total = world.repeat(state, n), 0.
+        for t in range(horizon):
+            step = world.step(state, torch.tensor([a if t < k else 0 for a, k in chosen]).repeat_interleave(n))
+            state, total = step.state, total + step.reward.float()
+        return total.view(len(chosen), n).mean(1)
+    with evaluating(agent), own_randomness(0), autocast(torch.device("cpu"), agent.precision), world.dreaming():
+        for e, t in tqdm(at[::-(-len(at) // most)], desc="lost points", unit="point", mininterval=1):
+            state = world.observe(e[:, t - before - context + 1:t - before + 1])
+            sure = policy(world.features(state))[0].exp().max()
+            own = imagine(world, policy, world.repeat(state, 4 * dreams), horizon).rewards.sum(0).mean()
+            best = int(pay(world.repeat(state, len(ways)), ways, dreams).argmax())
+            rows.append(dict(own=float(own), out=float(pay(state, [ways[best]], 4 * dreams)), way=ways[best], sure=float(sure)))
+    return rows
+
+def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
+    "`lost_points` of new games that the agent of a run plays."
+    keep_memory(); trained(run); cfg, agent = TrainConfig.from_dict(Run(run).config), load_agent(run, "cpu")
+    games = new_games(agent, cfg, asked)
+    won = sum(int((e.rewards > 0).sum()) for e in games.episodes(whole=False))
+    report = dict(run=Path(run).name, step=Run(run).checkpoint().step, asked=asked, won=won, points=lost_points(agent, games),
+                  provenance=provenance() | dict(command=command))
+    write_atomic(out, json.dumps(report, indent=1).encode())
+    return report
+
+# %% ../../nbs/75_studies.atari.ipynb #heart002
+def new_games(agent: Agent, cfg: TrainConfig, steps: int, seed: int = 0) -> Replay:
+    "At least `steps` steps of games that `agent` plays now, as many side by side as in its run."
+    envs = make_envs(cfg.env, cfg.envs, seed=HELD_OUT_SEED + seed, cfg=cfg.atari)
+    try:
+        replay = Replay(None, steps + cfg.envs, cfg.envs, envs.single_observation_space.shape)
+        bar = tqdm(total=steps, desc="new games", unit="step", mininterval=1)
+        agent.reset(); agent.seed(seed); collector = Collector(envs, replay, seed=HELD_OUT_SEED + seed)
+        while len(replay) < steps: collector.step(agent.act(collector.frames, collector.first)); bar.update(cfg.envs)
+    finally: envs.close()
+    return replay
+
+def stretch(replay: Replay, begin: int, end: int) -> Replay:
+    "Rows `begin` to `end` of a replay, as one of its own."
+    part = Replay(None, (end - begin) * replay.num_envs, replay.num_envs, replay.shape)
+    for i in range(begin, end):
+        number, row = divmod(i, replay.chunk_rows)
+        part.add(*(replay.chunks[number].data[k][:, row] for k in ("frames", "actions", "rewards", "terminated", "first")))
+    return part
+
+@torch.no_grad()
+def nats_of(world: HiDreamer, replay: Replay, cfg: TrainConfig, windows: int = 384, batch: int = 24, seed: int = 0) -> dict[str, float]:
+    "Nats a frame that a world needs for the games of a replay: mean and 95% interval over batches of windows; and the mean of every part of the loss."
+    generator, rows = torch.Generator().manual_seed(seed), []
+    with evaluating(world), own_randomness(seed), autocast(torch.device("cpu"), cfg.precision):
+        for _ in range(windows // batch):
+            loss, logs = world.loss(replay.sample(batch, cfg.length, generator))
+            rows.append({k: float(v) for k, v in logs.items() if v.ndim == 0} | dict(loss=float(loss)))
+    low, high = bootstrap_interval([r["loss"] for r in rows])
+    mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+    return dict(mean=mean.pop("loss"), low=low, high=high, parts=mean)
+
+def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1200, learned: int = 12_000, asked: int = 8_000,
+             command: str = "") -> dict:
+    """Nats a frame of a run's world on games that it has learned from and on new ones of its agent, with what dreams of both pay; and the nats of worlds
+    that learn anew from `learned` steps of the run, those after its random play: on these, on the `asked` steps that came next, and on the new games.
+    An arm's world is the mean of its weights. What `out` holds already is not done again."""
+    keep_memory(); base, r, device = trained(run), Run(run), torch.device("cpu")
+    cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
+    base.learn_tokens, replay = False, Replay.load(c.replay_path or c.path)
+    for arm in arms: changed(base.cfg, arm)
+    first, n, next_ = cfg.random_steps // cfg.envs, learned // cfg.envs, asked // cfg.envs
+    check(0 in replay.chunks, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")
+    check(updates >= 1, "updates", updates, "must be at least 1")
+    least = 2 * cfg.length * cfg.envs
+    for name, value in (("learned", learned), ("asked", asked)): check(value >= least, name, value, f"must be at least {least}")
+    check(first + n + next_ <= replay.rows, "learned", learned, f"and asked={asked} are more steps than the run has played with its policy")
+    new = new_games(load_agent(run, "cpu"), cfg, asked)
+    some, soon = stretch(replay, first, first + n), stretch(replay, first + n, first + n + next_)
+    def coder(frames: Tensor) -> Tensor:
+        with torch.no_grad(), autocast(device, cfg.precision): return base.tokenizer.encode(frames)
+    for x in (replay, new, some, soon): x.remember(coder)
+    report = begun(out, dict(run=Path(run).name, step=c.step, updates=updates, learned=learned, asked=asked))
+    def keep(**more): report.update(more); write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
+    if "own" not in report:
+        late = stretch(replay, replay.rows - next_, replay.rows)
+        paid = {k: imagined_rewards(base, x.episodes(whole=False), horizon=min(30, next_ - cfg.length), context=min(8, cfg.length), starts=512)
+                for k, x in dict(learned=late, new=new).items()}
+        keep(own=dict(nats=dict(learned=nats_of(base, replay, cfg), new=nats_of(base, new, cfg)), paid=paid))
+    for seed, arm in itertools.product(seeds, arms):
+        if any((x["arm"], x["seed"]) == (arm, seed) for x in report["rows"]): continue
+        seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
+        world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
+        mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)               # every arm learns from the same segments
+        learn(world, lambda: some.sample(cfg.batch, cfg.length, generator, cfg.near_rewards), updates, cfg.lr, name=f"{arm}, seed {seed}",
+              after=lambda i: follow(mean, world, cfg.ema, i))
+        report["rows"].append(dict(arm=arm, seed=seed) | {k: nats_of(mean, x, cfg) for k, x in dict(learned=some, next=soon, new=new).items()})
+        keep()
+    return report
+
 # %% ../../nbs/75_studies.atari.ipynb #atari012
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
@@ -382,7 +495,7 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return report
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate RUN`, `steady RUN`, `policies RUN`, `free GAME...`"
+    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate RUN`, `steady RUN`, `heart RUN`, `lost RUN`, `policies RUN`, `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
     a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
@@ -395,11 +508,15 @@ def main(arguments: list[str] | None = None) -> None:
     s.add_argument("--seeds", type=int, nargs="+", default=[0, 1]); s.add_argument("--ema", type=float, default=.995)
     s.add_argument("--updates", type=int, default=1500); s.add_argument("--arms", nargs="+", default=["as it is"])
     s.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
+    h = kinds.add_parser("heart", help="what a run's world knows of games that it has not learned from"); h.add_argument("run", type=Path)
+    h.add_argument("--arms", nargs="*", default=["as it is", "by heart"]); h.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    h.add_argument("--updates", type=int, default=1200); h.add_argument("--learned", type=int, default=12_000, help="steps that an arm learns from")
+    g = kinds.add_parser("lost", help="could the points have been saved that a run's agent loses?"); g.add_argument("run", type=Path)
     q = kinds.add_parser("policies", help="new policies in the world of a run"); q.add_argument("run", type=Path)
     q.add_argument("--players", nargs="+", default=list(PLAYERS)); q.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     q.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each"); q.add_argument("--episodes", type=int, default=16)
     q.add_argument("--out", type=Path, required=True)
-    for k in (a, b, s):
+    for k in (a, b, s, h, g):
         k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
         k.add_argument("--out", type=Path, required=True)
     c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
@@ -409,6 +526,8 @@ def main(arguments: list[str] | None = None) -> None:
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
     if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
+    elif o.what == "heart": by_heart(o.run, o.arms, o.seeds, o.out, o.updates, o.learned, o.asked, command)
+    elif o.what == "lost": lost(o.run, o.out, o.asked, command)
     elif o.what == "policies": policies(o.run, o.players, o.seeds, o.out, o.dreamed, o.episodes, command)
     elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, o.near_rewards, o.arms, command)
     else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
