@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from ..behave.agent import Agent
 from ..behave.imagine import evaluating, imagine
-from ..behave.ppo import PPO, Policy
+from ..behave.ppo import PPO, Policy, PPOConfig
 from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
 from ..evaluate.bench import paired, quartiles, random_segment
 from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_rewards, imagined_state, labelled
@@ -333,7 +333,11 @@ PLAYERS = {
     "sees state and picture": dict(policy_sees=("state", "picture")),
     "dreams of 8 steps": dict(horizon=8),
     "dreams of 30 steps": dict(horizon=30),
+    "sees two pictures alone": dict(policy_sees=("picture", "before")),
     "six passes": dict(epochs=6),
+    "more, smaller steps": dict(epochs=4, minibatches=16, lr=5e-4),
+    "entropy .01": dict(entropy=.01),
+    "entropy .03": dict(entropy=.03),
     "begins near rewards": dict(near=.5),
 }
 
@@ -342,7 +346,8 @@ def practise(base: HiDreamer, cfg: TrainConfig, replay: Replay, player: str, see
     check(player in PLAYERS, "player", player, f"must be one of {', '.join(PLAYERS)}")
     seed_everything(seed); world, change, generator = copy.copy(base), PLAYERS[player], torch.Generator().manual_seed(seed)
     world.cfg = replace(base.cfg, policy_sees=change.get("policy_sees", base.cfg.policy_sees)).check()
-    ppo, horizon = replace(cfg.ppo, epochs=change.get("epochs", cfg.ppo.epochs)), change.get("horizon", cfg.horizon)
+    ppo = replace(cfg.ppo, **{f.name: change[f.name] for f in fields(PPOConfig) if f.name in change}).check()
+    horizon = change.get("horizon", cfg.horizon)
     agent = Agent(world, Policy(world.feature_dim, world.actions, ppo), "cpu", cfg.precision, seed)
     learner, each, paid = PPO(agent.policy, ppo), cfg.dream_batch * horizon, []
     for i in tqdm(range(max(1, round(dreamed / each))), desc=f"{player}, seed {seed}", unit="batch", mininterval=1):
