@@ -153,10 +153,9 @@ def quick() -> TrainConfig:
 def cpu() -> TrainConfig:
     "Two CPU cores, 100,000 steps: at most 130 minutes of learning, then 100 games."
     model = small()
-    model = replace(model, temperature=.5, transformer=replace(model.transformer, width=128, mlp=2., dropout=.1), judge_sees=VIEWS, policy_sees=VIEWS,
-                    noise=.1, state_dropout=.5, judge_dropout=.5)
+    model = replace(model, temperature=.5, transformer=replace(model.transformer, width=128, mlp=2., dropout=.1), judge_sees=VIEWS, policy_sees=VIEWS)
     return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, world_warm_up=1_500, batch=8, replay_ratio=16., near_rewards=.3,
-                       dream_ratio=48., dream_batch=256, ema=.995, max_minutes=130., episodes=100, model=model,
+                       dream_ratio=64., dream_batch=256, ema=.995, max_minutes=130., episodes=100, model=model,
                        ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, real=1.))
 
 def atari100k() -> TrainConfig:

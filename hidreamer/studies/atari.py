@@ -121,10 +121,11 @@ ARMS = {
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
     "half the width": dict(width=128),
     "dropout": dict(dropout=.1),
-    "by heart": dict(noise=0., state_dropout=0., judge_dropout=0.),
-    "by heart, three times the dropout": dict(noise=0., state_dropout=0., judge_dropout=0., dropout=.3),
-    "state dropout": dict(noise=0., judge_dropout=0.),         # with the design's own share of it
-    "seen wrong": dict(state_dropout=0., judge_dropout=0.),
+    "three times the dropout": dict(dropout=.3),
+    "state dropout": dict(state_dropout=.5),
+    "more state dropout": dict(state_dropout=.8),
+    "seen wrong": dict(noise=.1),
+    "state and judge dropout, seen wrong": dict(state_dropout=.5, judge_dropout=.5, noise=.1),
     "rewards from the state alone": dict(judge_sees=("state",)),
     "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
@@ -514,7 +515,7 @@ def main(arguments: list[str] | None = None) -> None:
     s.add_argument("--updates", type=int, default=1500); s.add_argument("--arms", nargs="+", default=["as it is"])
     s.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
     h = kinds.add_parser("heart", help="what a run's world knows of games that it has not learned from"); h.add_argument("run", type=Path)
-    h.add_argument("--arms", nargs="*", default=["as it is", "by heart"]); h.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    h.add_argument("--arms", nargs="*", default=["as it is", "state dropout"]); h.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     h.add_argument("--updates", type=int, default=1200); h.add_argument("--learned", type=int, default=12_000, help="steps that an arm learns from")
     g = kinds.add_parser("lost", help="could the points have been saved that a run's agent loses?"); g.add_argument("run", type=Path)
     q = kinds.add_parser("policies", help="new policies in the world of a run"); q.add_argument("run", type=Path)
