@@ -523,7 +523,7 @@ def main(arguments: list[str] | None = None) -> None:
     q.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each"); q.add_argument("--episodes", type=int, default=16)
     q.add_argument("--out", type=Path, required=True)
     for k in (a, b, s, h, g):
-        k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
+        k.add_argument("--asked", type=int, default=6_000, help="frames to ask about: of random play, or of new games")
         k.add_argument("--out", type=Path, required=True)
     c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
     c.add_argument("games", nargs="+"); c.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
