@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows', 'look',
            'changed', 'Codes', 'learn', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3', 'Sb3Agent',
-           'model_free', 'compare_model_free', 'practise', 'policies', 'lost_points', 'lost', 'new_games', 'stretch',
-           'nats_of', 'by_heart', 'look_at', 'main']
+           'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch', 'nats_of', 'by_heart',
+           'lost_points', 'lost', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -378,43 +378,6 @@ def policies(run: str | Path, players: list[str], seeds: list[int], out: Path, d
         write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
     return report
 
-# %% ../../nbs/75_studies.atari.ipynb #lost0002
-@torch.no_grad()
-def lost_points(agent: Agent, games: Replay, before: int = 10, horizon: int = 15, dreams: int = 8, holds: tuple[int, ...] = (2, 4, 6, 8),
-                most: int = 96) -> list[dict]:
-    """Of every lost point (or other punishment) in `games`, `before` steps earlier: the expected rewards of the next `horizon` steps in dreams
-    if the policy acts (`own`), and if one action is held and then action 0 taken (`out`: the best of all actions and `holds`); the probability
-    of the policy's favourite action (`sure`)."""
-    world, policy, context = agent.world, agent.policy, agent.world.cfg.transformer.context
-    at = [(e, t) for e in games.episodes(whole=False) for t in torch.nonzero(e.rewards[0] < 0)[:, 0].tolist() if t - before >= context - 1]
-    check(at, "games", len(games), "hold no lost point that is late enough in its game", "Let it play longer: --asked.")
-    ways, rows = [(a, k) for a in range(world.actions) for k in holds], []
-    def pay(state, chosen: list[tuple[int, int]], n: int) -> Tensor:
-        "What `n` dreams pay on average, a way for each row of the state."
-        state, total = world.repeat(state, n), 0.
-        for t in range(horizon):
-            step = world.step(state, torch.tensor([a if t < k else 0 for a, k in chosen]).repeat_interleave(n))
-            state, total = step.state, total + step.reward.float()
-        return total.view(len(chosen), n).mean(1)
-    with evaluating(agent), own_randomness(0), autocast(torch.device("cpu"), agent.precision), world.dreaming():
-        for e, t in tqdm(at[::-(-len(at) // most)], desc="lost points", unit="point", mininterval=1):
-            state = world.observe(e[:, t - before - context + 1:t - before + 1])
-            sure = policy(world.features(state))[0].exp().max()
-            own = imagine(world, policy, world.repeat(state, 4 * dreams), horizon).rewards.sum(0).mean()
-            best = int(pay(world.repeat(state, len(ways)), ways, dreams).argmax())
-            rows.append(dict(own=float(own), out=float(pay(state, [ways[best]], 4 * dreams)), way=ways[best], sure=float(sure)))
-    return rows
-
-def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
-    "`lost_points` of new games that the agent of a run plays."
-    keep_memory(); trained(run); cfg, agent = TrainConfig.from_dict(Run(run).config), load_agent(run, "cpu")
-    games = new_games(agent, cfg, asked)
-    won = sum(int((e.rewards > 0).sum()) for e in games.episodes(whole=False))
-    report = dict(run=Path(run).name, step=Run(run).checkpoint().step, asked=asked, won=won, points=lost_points(agent, games),
-                  provenance=provenance() | dict(command=command))
-    write_atomic(out, json.dumps(report, indent=1).encode())
-    return report
-
 # %% ../../nbs/75_studies.atari.ipynb #heart002
 def new_games(agent: Agent, cfg: TrainConfig, steps: int, seed: int = 0) -> Replay:
     "At least `steps` steps of games that `agent` plays now, as many side by side as in its run."
@@ -483,6 +446,43 @@ def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, upda
               after=lambda i: follow(mean, world, cfg.ema, i))
         report["rows"].append(dict(arm=arm, seed=seed) | {k: nats_of(mean, x, cfg) for k, x in dict(learned=some, next=soon, new=new).items()})
         keep()
+    return report
+
+# %% ../../nbs/75_studies.atari.ipynb #lost0002
+@torch.no_grad()
+def lost_points(agent: Agent, games: Replay, before: int = 10, horizon: int = 15, dreams: int = 8, holds: tuple[int, ...] = (2, 4, 6, 8),
+                most: int = 96) -> list[dict]:
+    """Of every lost point (or other punishment) in `games`, `before` steps earlier: the expected rewards of the next `horizon` steps in dreams
+    if the policy acts (`own`), and if one action is held and then action 0 taken (`out`: the best of all actions and `holds`); the probability
+    of the policy's favourite action (`sure`)."""
+    world, policy, context = agent.world, agent.policy, agent.world.cfg.transformer.context
+    at = [(e, t) for e in games.episodes(whole=False) for t in torch.nonzero(e.rewards[0] < 0)[:, 0].tolist() if t - before >= context - 1]
+    check(at, "games", len(games), "hold no lost point that is late enough in its game", "Let it play longer: --asked.")
+    ways, rows = [(a, k) for a in range(world.actions) for k in holds], []
+    def pay(state, chosen: list[tuple[int, int]], n: int) -> Tensor:
+        "What `n` dreams pay on average, a way for each row of the state."
+        state, total = world.repeat(state, n), 0.
+        for t in range(horizon):
+            step = world.step(state, torch.tensor([a if t < k else 0 for a, k in chosen]).repeat_interleave(n))
+            state, total = step.state, total + step.reward.float()
+        return total.view(len(chosen), n).mean(1)
+    with evaluating(agent), own_randomness(0), autocast(torch.device("cpu"), agent.precision), world.dreaming():
+        for e, t in tqdm(at[::-(-len(at) // most)], desc="lost points", unit="point", mininterval=1):
+            state = world.observe(e[:, t - before - context + 1:t - before + 1])
+            sure = policy(world.features(state))[0].exp().max()
+            own = imagine(world, policy, world.repeat(state, 4 * dreams), horizon).rewards.sum(0).mean()
+            best = int(pay(world.repeat(state, len(ways)), ways, dreams).argmax())
+            rows.append(dict(own=float(own), out=float(pay(state, [ways[best]], 4 * dreams)), way=ways[best], sure=float(sure)))
+    return rows
+
+def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
+    "`lost_points` of new games that the agent of a run plays."
+    keep_memory(); trained(run); cfg, agent = TrainConfig.from_dict(Run(run).config), load_agent(run, "cpu")
+    games = new_games(agent, cfg, asked)
+    won = sum(int((e.rewards > 0).sum()) for e in games.episodes(whole=False))
+    report = dict(run=Path(run).name, step=Run(run).checkpoint().step, asked=asked, won=won, points=lost_points(agent, games),
+                  provenance=provenance() | dict(command=command))
+    write_atomic(out, json.dumps(report, indent=1).encode())
     return report
 
 # %% ../../nbs/75_studies.atari.ipynb #atari012
