@@ -35,6 +35,7 @@ class HiDreamerConfig(Config):
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
     noise: float = 0.           # share of places that are seen wrong while learning: with the codes of another segment
+    shift: int = 0              # pixels: while learning, every second segment is seen as if all that moves stood up to so far elsewhere, in both directions
     state_dropout: float = 0.   # share of the transformer's output that the code head does not hear while learning, so that it looks at the picture
     judge_dropout: float = 0.   # the same of what rewards and ends are read from
     foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
@@ -47,7 +48,7 @@ class HiDreamerConfig(Config):
     def check(self):
         for name in ("code_dim", "place_dim", "head_width", "reward_steps"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
-        for name in ("head_blocks", "halves", "changes", "contrast", "contrast_weight"):
+        for name in ("head_blocks", "halves", "changes", "shift", "contrast", "contrast_weight"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         check(self.halves <= self.tokens.levels, "halves", self.halves, f"must not exceed the number of levels, {self.tokens.levels}", "Lower --model.halves.")
         places = self.tokens.fine ** 2
@@ -154,6 +155,7 @@ class CodeHead(nn.Module):
         self.whole = nn.Linear(width, d)
         self.inp = nn.Linear(2 * cfg.code_dim + cfg.place_dim, d)
         self.position = nn.Parameter(torch.randn(self.fine, self.fine, d) * .02)
+        self.shift = nn.Linear(2, d, bias=False) if cfg.shift else None
         block = lambda: LocalBlock(d, cfg.transformer.dropout)
         self.trunk = nn.Sequential(*(block() for _ in range(cfg.head_blocks)))
         split = [chessboard(g) if l < cfg.halves and g > 1 else [list(range(g * g))] for l, g in enumerate(t.grids)]
@@ -172,13 +174,14 @@ class CodeHead(nn.Module):
             for table in self.out: table.map.weight.mul_(d ** -.5)         # a sum over d channels: begin near the uniform guess
         self.bias = nn.Parameter(torch.zeros(len(t.grids), t.codes))
 
-    def stem(self, h: Float[Tensor, "n d"], now: Float[Tensor, "n k e"], before: Float[Tensor, "n k e"]):
-        "What all levels share: (n h w d)."
+    def stem(self, h: Float[Tensor, "n d"], now: Float[Tensor, "n k e"], before: Float[Tensor, "n k e"], shift: Float[Tensor, "n 2"] | None = None):
+        "What all levels share: (n h w d). `shift`: how far what moves is displaced, in units of the furthest."
         g = self.fine
         if self.dropout: h = F.dropout(h, self.dropout, self.training)
         place = self.places(h).view(len(h), g * g, self.place_dim)
         x = self.inp(torch.cat([now.to(place.dtype), before.to(place.dtype), place], -1)).view(len(h), g, g, -1)
-        return self.trunk(x + self.whole(h)[:, None, None] + self.position.to(x.dtype))
+        whole = self.whole(h) if shift is None else self.whole(h) + self.shift(shift)
+        return self.trunk(x + whole[:, None, None] + self.position.to(x.dtype))
 
     def settle(self, x: Float[Tensor, "n h w d"], now: Float[Tensor, "n k e"], changed: Bool[Tensor, "n k"]) -> Float[Tensor, "n h w d"]:
         "Tell every place which places change, and what the others go on to be."
@@ -338,13 +341,23 @@ class HiDreamer(WorldModel):
     def loss(self, seg: Segment):
         "Nats per frame of the next codes, of reward and continuation; plus the tokenizer's loss while `learn_tokens`."
         check(seg.time >= 2, "segment.time", seg.time, "must be at least 2 steps")
-        loss, logs = self.part(HiDreamer.dynamics, self.codes(seg), seg)
+        codes, shift = self.codes(seg), None
+        if self.training and self.cfg.shift and not self.learn_tokens: codes, shift = self.displaced(codes, seg)
+        loss, logs = self.part(HiDreamer.dynamics, codes, seg, shift)
         if self.learn_tokens:
             extra, more = self.tokenizer.loss(seg.frames)
             loss, logs = loss + extra, logs | {f"tokens/{k}": v for k, v in more.items()}
         return loss, logs
 
-    def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
+    def displaced(self, codes: Int[Tensor, "b t n"], seg: Segment) -> tuple[Int[Tensor, "b t n"], Float[Tensor, "b 2"]]:
+        "Codes of the segment with every second row displaced, and how far each row is, in units of `shift`."
+        by = torch.randint(-self.cfg.shift, self.cfg.shift + 1, (len(codes), 2), device=codes.device)
+        by[1::2] = 0
+        codes = codes.clone()
+        codes[::2] = self.tokenizer.encode(self.tokenizer.displace(seg.frames[::2], by[::2]))
+        return codes, by / self.cfg.shift
+
+    def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"], shift: Float[Tensor, "b 2"] | None = None):
         """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, the transformer's outputs, its side losses;
         and all `VIEWS` of steps 0, 1, ... (b t ...)."""
         maps = self.maps(codes)
@@ -352,7 +365,8 @@ class HiDreamer(WorldModel):
         y, aux = self.transformer(self.level_tokens(seen), actions)
         views = y[:, :, -2], self.picture(seen), self.earlier(seen)
         now, before = (v[:, :-1].flatten(0, 1) for v in views[1:])
-        x = self.head.stem(y[:, :-1, -1].flatten(0, 1), now, before)
+        if shift is not None: shift = shift.repeat_interleave(codes.shape[1] - 1, 0)
+        x = self.head.stem(y[:, :-1, -1].flatten(0, 1), now, before, shift)
         return x, now, [m[:, 1:].flatten(0, 1) for m in maps], y, aux, views
 
     def mistaken(self, codes: Int[Tensor, "b t n"]) -> Int[Tensor, "b t n"]:
@@ -424,9 +438,9 @@ class HiDreamer(WorldModel):
         if at_home(score): rows, some = rows[some], some[some]
         return rows, some, torch.zeros_like(changed).scatter(1, at, changed.gather(1, at))
 
-    def dynamics(self, codes: Int[Tensor, "b t n"], seg: Segment):
-        "The loss of everything but the tokenizer, given the codes of `seg`."
-        x, now, new, y, aux, views = self.ahead(codes, seg.actions)
+    def dynamics(self, codes: Int[Tensor, "b t n"], seg: Segment, shift: Float[Tensor, "b 2"] | None = None):
+        "The loss of everything but the tokenizer, given the codes of `seg`, and by how much they are displaced."
+        x, now, new, y, aux, views = self.ahead(codes, seg.actions, shift)
         total, logs = aux["z_loss"], dict(load=aux["load"].detach())
         after, before = codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)
         rows, any_level = None, self.changed(after, before) if self.cfg.changes or self.cfg.foresee else None
