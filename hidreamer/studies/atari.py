@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'coder_of', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows',
-           'look', 'changed', 'Codes', 'learn', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3', 'Sb3Agent',
-           'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch', 'nats_of', 'by_heart',
-           'lost_points', 'lost', 'look_at', 'main']
+           'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3',
+           'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch', 'nats_of',
+           'by_heart', 'lost_points', 'lost', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -132,6 +132,9 @@ ARMS = {
     "more state dropout": dict(state_dropout=.8),
     "seen wrong": dict(noise=.1),
     "state and judge dropout, seen wrong": dict(state_dropout=.5, judge_dropout=.5, noise=.1),
+    "wider head": dict(head_width=128, head_blocks=3),
+    "wider head, state dropout": dict(head_width=128, head_blocks=3, state_dropout=.5),
+    "wider head, state dropout, displaced": dict(head_width=128, head_blocks=3, state_dropout=.5, shift=3),
     "rewards from the state alone": dict(judge_sees=("state",)),
     "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
@@ -154,15 +157,13 @@ class Codes:
     def __init__(self, world: HiDreamer, episodes: list[Segment]):
         self.episodes, self.codes = episodes, [world.tokenizer.encode(e.frames) for e in episodes]
     def sample(self, batch: int, length: int, generator: torch.Generator) -> Segment:
-        "Random windows; their frames are left out."
+        "Random windows, with frames and codes."
         room = torch.tensor([max(0, e.time - length + 1) for e in self.episodes])
         rows = []
         for at in torch.randint(int(room.sum()), (batch,), generator=generator).tolist():
             i = int(torch.searchsorted(room.cumsum(0), at, right=True)); p = at - int(room[:i].sum())
-            e = self.episodes[i][:, p:p + length]
-            rows.append((self.codes[i][:, p:p + length], e.actions, e.rewards, e.terminated, e.first))
-        codes, *rest = (torch.cat(x) for x in zip(*rows))
-        return Segment(codes[..., :0], *rest, codes=codes)
+            rows.append(replace(self.episodes[i][:, p:p + length], codes=self.codes[i][:, p:p + length]))
+        return Segment.join(rows)
 
 def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: float, lr_end: float = .1, name: str = "",
           after: Callable[[int], None] = lambda i: None) -> list[dict]:
@@ -179,11 +180,16 @@ def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: flo
     return out
 
 # %% ../../nbs/75_studies.atari.ipynb #atari010
+def anew(base: HiDreamer, arm: str, seed: int) -> HiDreamer:
+    "An arm's world before it learns, with the tokenizer of `base`. Random numbers begin anew."
+    seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
+    world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
+    return world
+
 def arm_row(base: HiDreamer, arm: str, seed: int, data: Codes, shown: list, held: list, reader: Reader, updates: int, batch: int, length: int,
             lr: float) -> dict:
     "One arm, trained from one seed on `base`'s codes, and what it can do."
-    seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
-    world.tokenizer.load_state_dict(base.tokenizer.state_dict())
+    world = anew(base, arm, seed)
     begin, generator = time.process_time(), torch.Generator().manual_seed(seed)
     curve = learn(world, lambda: data.sample(batch, length, generator), updates, lr, name=f"{arm}, seed {seed}")
     seconds = time.process_time() - begin
@@ -229,10 +235,8 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
     for seed, share, arm in itertools.product(seeds, near_rewards, arms):
         key = dict(seed=seed, arm=arm, near_rewards=share)
         if any(key.items() <= x.items() for x in report["rows"]): continue
-        seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
-        world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
-        mean = copy.deepcopy(world)
-        generator = torch.Generator().manual_seed(seed)                # every arm learns from the same segments
+        world = anew(base, arm, seed)
+        mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)               # every arm learns from the same segments
         learn(world, lambda: replay.sample(cfg.batch, cfg.length, generator, share), updates, cfg.lr, 1., f"{arm}, {share:g} near rewards, seed {seed}",
               lambda i: follow(mean, world, ema, i))
         for which, w in (("last weights", world), ("their mean", mean)):
@@ -439,8 +443,7 @@ def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, upda
         keep(own=dict(nats=dict(learned=nats_of(base, replay, cfg), new=nats_of(base, new, cfg)), paid=paid))
     for seed, arm in itertools.product(seeds, arms):
         if any((x["arm"], x["seed"]) == (arm, seed) for x in report["rows"]): continue
-        seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
-        world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
+        world = anew(base, arm, seed)
         mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)               # every arm learns from the same segments
         learn(world, lambda: some.sample(cfg.batch, cfg.length, generator, cfg.near_rewards), updates, cfg.lr, name=f"{arm}, seed {seed}",
               after=lambda i: follow(mean, world, cfg.ema, i))
