@@ -166,7 +166,7 @@ def _empty(self: Replay, batch: int, length: int) -> dict[str, Tensor]:
 
 @patch
 def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]]:
-    "Ends (environment and row in one number) that segments may have: all of them; those near gains; those near losses."
+    "Ends (environment and row in one number) that segments may have, the oldest first: all of them; those near gains; those near losses."
     ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
     ok = ages >= length - 1
     ok[:, :length - 1] = False                  # a stretch that ends here would begin before the oldest row
@@ -176,17 +176,23 @@ def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]
     for d in range(1 - length, 1) if lead is None else range(min(lead + 1, w)):           # the reward is d steps after the end, in the same episode
         ends, then = (slice(max(0, -d), w - max(0, d)), slice(max(0, d), w + min(0, d)))
         for near, sign in ((gain, 1), (loss, -1)): near[:, ends] |= (signs[:, then] == sign) & (ages[:, then] >= d)
-    return [torch.from_numpy(np.flatnonzero(x)) for x in (ok, ok & gain, ok & loss)]
+    def in_order(x):
+        row, env = np.nonzero(x.T)
+        return torch.from_numpy(env * w + row)
+    return [in_order(x) for x in (ok, ok & gain, ok & loss)]
 
 @patch
 def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None,
            near_rewards: float = 0.,            # share of the segments that are drawn near a reward
-           lead: int | None = None) -> Segment: # near: the reward is inside; or, with a number, in the last step or at most `lead` steps later
+           lead: int | None = None,             # near: the reward is inside; or, with a number, in the last step or at most `lead` steps later
+           recency: float = 0.) -> Segment:     # the latest stretches are drawn 1 + recency times as often as the average one, the oldest never
     """`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU, or where `keep_on` says.
 
-    Those near rewards are uniform over the stretches near a gain, and as many over those near a loss."""
+    Those near rewards are uniform over the stretches near a gain, and as many over those near a loss. With `recency` no longer uniform: a stretch's
+    chance grows with that power of its place in time."""
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
     check(0 <= near_rewards <= 1, "near_rewards", near_rewards, "must lie in [0, 1]")
+    check(recency >= 0, "recency", recency, "must not be negative")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
     if self.coder: self.encode()
     if (self.rows, length, lead) not in self._ends:
@@ -195,7 +201,10 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
     every, *near = self._ends[self.rows, length, lead]
     near, width = [x for x in near if len(x)], self.rows - self.oldest
     some = round(near_rewards * batch / len(near)) if near else 0
-    pick = lambda x, n: x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
+    def pick(x, n):
+        if not recency: return x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
+        place = torch.rand(n, generator=generator, device=x.device) ** (1 / (1 + recency))
+        return x[(place * len(x)).long().clamp(max=len(x) - 1)]
     ends = torch.cat([pick(every, batch - some * len(near)), *(pick(x, some) for x in near if some)])
     at = ends[:, None] // width, (self.oldest + ends[:, None] % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
     codes = self.codes[at].long() if self.coder else None
