@@ -165,8 +165,8 @@ def _empty(self: Replay, batch: int, length: int) -> dict[str, Tensor]:
     return {k: torch.empty(batch, length, *(self.shape if k == "frames" else ()), dtype=d) for k, d in FIELDS.items()}
 
 @patch
-def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]]:
-    "Ends (environment and row in one number) that segments may have, the oldest first: all of them; those near gains; those near losses."
+def _where(self: Replay, length: int, lead: int | None, oldest_first: bool = False) -> list[Int[Tensor, "m"]]:
+    "Ends (environment and row in one number) that segments may have: all of them; those near gains; those near losses."
     ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
     ok = ages >= length - 1
     ok[:, :length - 1] = False                  # a stretch that ends here would begin before the oldest row
@@ -176,10 +176,8 @@ def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]
     for d in range(1 - length, 1) if lead is None else range(min(lead + 1, w)):           # the reward is d steps after the end, in the same episode
         ends, then = (slice(max(0, -d), w - max(0, d)), slice(max(0, d), w + min(0, d)))
         for near, sign in ((gain, 1), (loss, -1)): near[:, ends] |= (signs[:, then] == sign) & (ages[:, then] >= d)
-    def in_order(x):
-        row, env = np.nonzero(x.T)
-        return torch.from_numpy(env * w + row)
-    return [in_order(x) for x in (ok, ok & gain, ok & loss)]
+    ends = [np.flatnonzero(x) for x in (ok, ok & gain, ok & loss)]
+    return [torch.from_numpy(x[(x % w).argsort(kind="stable")] if oldest_first else x) for x in ends]
 
 @patch
 def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None,
@@ -195,10 +193,11 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
     check(recency >= 0, "recency", recency, "must not be negative")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
     if self.coder: self.encode()
-    if (self.rows, length, lead) not in self._ends:
-        self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {(self.rows, length, lead): self._where(length, lead)}
-        if self.near is not None: self._ends[self.rows, length, lead] = [x.to(self.near["first"].device) for x in self._ends[self.rows, length, lead]]
-    every, *near = self._ends[self.rows, length, lead]
+    key = self.rows, length, lead, recency > 0
+    if key not in self._ends:
+        device = "cpu" if self.near is None else self.near["first"].device
+        self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {key: [x.to(device) for x in self._where(*key[1:])]}
+    every, *near = self._ends[key]
     near, width = [x for x in near if len(x)], self.rows - self.oldest
     some = round(near_rewards * batch / len(near)) if near else 0
     def pick(x, n):
