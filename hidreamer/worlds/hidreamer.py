@@ -35,7 +35,7 @@ class HiDreamerConfig(Config):
     changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
     noise: float = 0.           # share of places that are seen wrong while learning: with the codes of another segment
-    shift: int = 0              # pixels: while learning, every second segment is seen as if all that moves stood up to so far elsewhere, in both directions
+    shift: int = 0              # pixels: while learning, half of the segments are seen as if all that moves stood up to so far elsewhere, in both directions
     state_dropout: float = 0.   # share of the transformer's output that the code head does not hear while learning, so that it looks at the picture
     judge_dropout: float = 0.   # the same of what rewards and ends are read from
     foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
@@ -350,12 +350,11 @@ class HiDreamer(WorldModel):
         return loss, logs
 
     def displaced(self, codes: Int[Tensor, "b t n"], seg: Segment) -> tuple[Int[Tensor, "b t n"], Float[Tensor, "b 2"]]:
-        "Codes of the segment with every second row displaced, and how far each row is, in units of `shift`."
-        by = torch.randint(-self.cfg.shift, self.cfg.shift + 1, (len(codes), 2), device=codes.device)
-        by[1::2] = 0
-        codes = codes.clone()
-        codes[::2] = self.tokenizer.encode(self.tokenizer.displace(seg.frames[::2], by[::2]))
-        return codes, by / self.cfg.shift
+        "Codes of the segment with half of its rows displaced, and how far each row is, in units of `shift`. Which ones is drawn: rows may have an order."
+        rows = torch.rand(len(codes), device=codes.device).argsort()[::2]
+        some = torch.randint(-self.cfg.shift, self.cfg.shift + 1, (len(rows), 2), device=codes.device)
+        shown = self.tokenizer.encode(self.tokenizer.displace(seg.frames[rows], some))
+        return codes.index_copy(0, rows, shown), torch.zeros(len(codes), 2, device=codes.device).index_copy(0, rows, some / self.cfg.shift)
 
     def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"], shift: Float[Tensor, "b 2"] | None = None):
         """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, the transformer's outputs, its side losses;
