@@ -6,7 +6,7 @@
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'coder_of', 'still_codes', 'at_temperature', 'games_to_ask', 'points', 'state_knows',
            'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'steady', 'ablate', 'for_sb3',
            'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch', 'nats_of',
-           'by_heart', 'lost_points', 'lost', 'look_at', 'main']
+           'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -32,11 +32,12 @@ from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
 from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
 from ..data.replay import Collector, Replay
+from ..evaluate.rollouts import clustered
 from ..evaluate.scores import HELD_OUT_SEED, evaluate, own_randomness
 from ..evaluate.statistics import bootstrap_interval
 from ..run import Run, provenance, write_atomic
 from ..train import TrainConfig, experienced, follow, load_agent, load_world, preset
-from ..worlds.hidreamer import VIEWS, HiDreamer, HiDreamerConfig, token_accuracy
+from ..worlds.hidreamer import VIEWS, HiDreamer, HiDreamerConfig, nats, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
 def trained(run: str | Path) -> HiDreamer:
@@ -488,6 +489,69 @@ def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     write_atomic(out, json.dumps(report, indent=1).encode())
     return report
 
+# %% ../../nbs/75_studies.atari.ipynb #hits0002
+def turns(x: np.ndarray, there: np.ndarray) -> dict[str, list[int]]:
+    """Moments of Pong, by what the ball does: it turns at the `own` paddle, at the `other` one, or is in `flight`. It is seen in three frames before and after.
+
+    `x`: where it is across the screen of 160 pixels, frame by frame; `there`: is it?"""
+    v, out = np.diff(x), dict(flight=[], own=[], other=[])
+    for t in range(3, len(x) - 3):
+        if not there[t - 3:t + 4].all(): continue
+        if v[t - 1] > 1 and v[t] < -1 and x[t] > 120: out["own"].append(t)
+        elif v[t - 1] < -1 and v[t] > 1 and x[t] < 45: out["other"].append(t)
+        elif abs(np.sign(v[t - 3:t + 3]).sum()) == 6: out["flight"].append(t)
+    return out
+
+@torch.no_grad()
+def at_turns(world: HiDreamer, reader: Reader, episodes: list[Segment], precision: str = "auto", lead: int = 3, steps: tuple[int, ...] = (-1, 1, 3, 6),
+             dreams: int = 6, most: int = 96, near: float = 8., seed: int = 0, batch: int = 16) -> list[dict]:
+    """What a world knows of the moments of `turns`, of at most `most` of each `kind`, given the true actions. A row for each of `steps` before or after: `nats`
+    of that frame's codes given all true frames before it; and of dreams that begin `lead` steps before the moment, the share in which the ball is
+    `there`, and that in which it is within `near` pixels of the screen of where it should be (`right`). Each a mean with its 95% interval by game."""
+    context, last, rows = world.cfg.transformer.context, max(steps), []
+    check(-lead < min(steps), "steps", steps, f"must be later than lead={lead} steps before the moment")
+    seen = [turns(x.numpy(), (sure > .5).numpy()) for x, sure in (reader(e.frames[0])["ball_x"] for e in episodes)]
+    for kind in ("flight", "own", "other"):
+        at = [(i, t) for i, kinds in enumerate(seen) for t in kinds[kind] if context + lead - 1 <= t < episodes[i].time - last]
+        at = at[::max(1, -(-len(at) // most))]
+        if not at: continue
+        segs, drawn, cost = [episodes[i][:, t - lead - context + 1:t + last + 1] for i, t in at], {s: [] for s in steps}, []
+        with evaluating(world), own_randomness(seed), autocast(torch.device("cpu"), precision):
+            for part in (Segment.join(segs[i:i + batch]) for i in range(0, len(segs), batch)):
+                codes = world.codes(part)
+                levels = zip(world.predict(codes, part.actions)[0], codes.split(world.sizes, -1))
+                cost.append(sum(nats(z, c[:, 1:].flatten(0, 1)).sum(-1) for z, c in levels).view(part.batch, -1))
+                state = world.repeat(world.observe(part[:, :context]), dreams)
+                for s in range(1 - lead, last + 1):
+                    state = world.step(state, part.actions[:, context + lead + s - 2].repeat_interleave(dreams)).state
+                    if s in steps: drawn[s].append(world.decode(state).float())
+        cost, episode = torch.cat(cost), np.array([i for i, _ in at])
+        for s in steps:
+            true, dream = reader(torch.cat([x.frames[:, context + lead + s - 1] for x in segs])), reader(torch.cat(drawn[s]))
+            known = (true["ball_x"][1] > .5).numpy()
+            there = (dream["ball_x"][1] > .5).view(-1, dreams)
+            far = [(dream[k][0].view(-1, dreams) - true[k][0][:, None]).abs() for k in ("ball_x", "ball_y")]
+            share = lambda x: clustered(x.float().mean(1).numpy()[known], episode[known], seed)
+            rows.append(dict(kind=kind, t=s, n=int(known.sum()), nats=clustered(cost[:, context + lead + s - 2].numpy()[known], episode[known], seed),
+                             there=share(there), right=share(there & (far[0] < near) & (far[1] < near))))
+    return rows
+
+def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
+    "`at_turns` of a run's world in the middle of the games that it has learned from, and in new games of its agent, `asked` steps of each."
+    keep_memory(); base, r = trained(run), Run(run)
+    cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
+    check(cfg.env == "Pong", "run", str(run), f"is of {cfg.env}", "Which moments are asked about is known for Pong alone.")
+    replay, rows = Replay.load(c.replay_path or c.path), asked // cfg.envs
+    check(0 < rows <= replay.rows, "asked", asked, f"must be at most the run's {replay.rows * cfg.envs} steps")
+    check(0 in replay.chunks, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")
+    begin = (replay.rows - rows) // 2
+    reader = Reader(cfg.env, labelled(cfg.env, 12_000, seed=2_000), hand_of(base))
+    ask = lambda x: at_turns(base, reader, x.episodes(whole=False), cfg.precision)
+    report = dict(run=Path(run).name, step=c.step, asked=asked, learned=ask(stretch(replay, begin, begin + rows)),
+                  new=ask(new_games(load_agent(run, "cpu"), cfg, asked)), provenance=provenance() | dict(command=command))
+    write_atomic(out, json.dumps(report, indent=1).encode())
+    return report
+
 # %% ../../nbs/75_studies.atari.ipynb #atari012
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
@@ -504,7 +568,7 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return report
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate RUN`, `steady RUN`, `heart RUN`, `lost RUN`, `policies RUN`, `free GAME...`"
+    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
     a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
@@ -521,11 +585,12 @@ def main(arguments: list[str] | None = None) -> None:
     h.add_argument("--arms", nargs="*", default=["as it is", "state dropout"]); h.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     h.add_argument("--updates", type=int, default=1200); h.add_argument("--learned", type=int, default=12_000, help="steps that an arm learns from")
     g = kinds.add_parser("lost", help="could the points have been saved that a run's agent loses?"); g.add_argument("run", type=Path)
+    t = kinds.add_parser("hits", help="what a run's world knows of the ball at the paddles"); t.add_argument("run", type=Path)
     q = kinds.add_parser("policies", help="new policies in the world of a run"); q.add_argument("run", type=Path)
     q.add_argument("--players", nargs="+", default=list(PLAYERS)); q.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     q.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each"); q.add_argument("--episodes", type=int, default=16)
     q.add_argument("--out", type=Path, required=True)
-    for k in (a, b, s, h, g):
+    for k in (a, b, s, h, g, t):
         k.add_argument("--asked", type=int, default=6_000, help="frames to ask about: of random play, or of new games")
         k.add_argument("--out", type=Path, required=True)
     c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
@@ -537,6 +602,7 @@ def main(arguments: list[str] | None = None) -> None:
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
     elif o.what == "heart": by_heart(o.run, o.arms, o.seeds, o.out, o.updates, o.learned, o.asked, command)
     elif o.what == "lost": lost(o.run, o.out, o.asked, command)
+    elif o.what == "hits": hits(o.run, o.out, o.asked, command)
     elif o.what == "policies": policies(o.run, o.players, o.seeds, o.out, o.dreamed, o.episodes, command)
     elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, o.near_rewards, o.arms, command)
     else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
