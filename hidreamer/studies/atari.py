@@ -542,7 +542,7 @@ def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
     check(cfg.env == "Pong", "run", str(run), f"is of {cfg.env}", "Which moments are asked about is known for Pong alone.")
     replay, rows = Replay.load(c.replay_path or c.path), asked // cfg.envs
-    check(0 < rows <= replay.rows, "asked", asked, f"must be at most the run's {replay.rows * cfg.envs} steps")
+    check(0 < rows <= replay.rows, "asked", asked, f"must be between {cfg.envs} and the run's {replay.rows * cfg.envs} steps")
     check(0 in replay.chunks, "run", str(run), "has dropped its first steps", "Train with a larger --replay.capacity.")
     begin = (replay.rows - rows) // 2
     reader = Reader(cfg.env, labelled(cfg.env, 12_000, seed=2_000), hand_of(base))
