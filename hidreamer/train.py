@@ -160,14 +160,14 @@ def cpu() -> TrainConfig:
                        ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, real=1.))
 
 def atari100k() -> TrainConfig:
-    "One GPU: 100,000 steps with a world of about 11 million parameters."
+    "One GPU: 100,000 steps, which should take about nine minutes."
     net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32, dropout=.1)
-    return TrainConfig(preset="atari100k", record=True, compile=True, envs=16, steps=100_000, random_steps=5_000, warm_up=2_500, batch=32, length=32,
-                       replay_ratio=32., dream_ratio=256., dream_batch=1024, dream_context=16, near_rewards=.3, lr=3e-4, tokens_lr=1e-3, ema=.995,
-                       episodes=100, save_every=50_000,
-                       ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, target_kl=0.),
-                       model=HiDreamerConfig(tokens=TokenizerConfig(cell_weight=5.), temperature=.5, transformer=net, head_width=96, head_blocks=3,
-                                             halves=3, changes=24))
+    return TrainConfig(preset="atari100k", record=True, envs=32, steps=100_000, random_steps=8_000, warm_up=2_000, world_warm_up=1_500,
+                       batch=16, length=32, replay_ratio=64., dream_ratio=128., dream_batch=1024, dream_context=16, near_rewards=.3, tokens_lr=1e-3,
+                       ema=.995, episodes=100, save_every=50_000,
+                       ppo=PPOConfig(epochs=2, minibatches=8, lr=1e-3, return_norm=False, target_kl=0., real=1.),
+                       model=HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2, codes=128), temperature=.5, transformer=net, head_width=128,
+                                             head_blocks=3, halves=3, changes=24, pixels=48, shift=4, state_dropout=.3, judge_sees=VIEWS, policy_sees=VIEWS))
 
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."
@@ -192,6 +192,9 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     "What a preset means for `shi` and `original-shi`, which learns its hierarchy beforehand. `atari100k` has the sizes and rates of the design."
     name, first = cfg.preset, world == "original-shi"
     if name == "cpu": cfg = replace(cfg, warm_up=4_000, replay_ratio=10., dream_ratio=30., dream_batch=128)         # rates of its own
+    if name == "atari100k":
+        cfg = replace(cfg, envs=16, random_steps=5_000, warm_up=2_500, replay_ratio=32., dream_ratio=256., dream_batch=1024)
+        cfg = replace(cfg, ppo=replace(cfg.ppo, minibatches=4))
     codes = dict(levels=3 if first else 1, codes=512 if name == "atari100k" else 256)
     small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 1.))
     tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 1.))
@@ -215,7 +218,7 @@ def recurrent(name: str) -> dict:
                            actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4, gamma=.99)),
                 cpu=dict(brief, batch=8, length=32, lr=5e-4, replay_ratio=10., dream_ratio=60., dream_batch=128,
                          actor_critic=ActorCriticConfig(units=256, actor_lr=3e-4, critic_lr=3e-4)),
-                atari100k=dict(batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
+                atari100k=dict(envs=16, random_steps=5_000, batch=16, length=64, replay_ratio=1024., dream_ratio=15360., dream_batch=1024, dream_context=64),
                 debug=dict(dream_context=4, actor_critic=ActorCriticConfig(units=16)))[name]
     if name == "atari100k": size = {}
     if name == "debug": size = dict(dyn_hidden=32, dyn_deter=32, units=16, cnn_depth=4, dyn_stoch=8, dyn_discrete=8, dyn_stoch_top=4, dyn_stoch_bottom=4,
@@ -246,6 +249,7 @@ class Trainer:
         self.envs = Games(lambda: make_envs(cfg.env, cfg.envs, cfg.seed, cfg.atari), cfg.seed)
         actions = int(self.envs.single_action_space.n)
         self.agent, self.chance = make_agent(cfg, actions).to(self.device), RandomAgent(actions, seed=cfg.seed)
+        self.agent.record = cfg.record
         if cfg.init and not any(cfg.folder.glob("checkpoints/step-*")): fill_agent(self.agent, cfg.init)
         self.run = Run(cfg.folder, cfg.to_dict(), complete=lambda old: TrainConfig.from_dict(old).to_dict())     # only now: a misfit leaves no folder behind
         self.policy, self.world = self.agent.policy, copy.deepcopy(self.agent.world) if cfg.ema else self.agent.world      # the agent's own acts and dreams
@@ -340,9 +344,14 @@ class Trainer:
         if t["agent"]["actions"] is None: return
         with torch.no_grad(), evaluating(self.agent), autocast(self.device, self.cfg.precision):
             world = self.agent.world
-            like = world.observe(self.agent._begin(self.collector.frames.to(self.device)))
-            try: state, spare = (unpacked(like, t["agent"]["state"]) for _ in range(2))
-            except ValueError: tqdm.write("the agent's memory is of another precision and begins anew"); return
+            def made(record: bool) -> list:
+                self.agent.record = record; like = self.agent.begin(self.collector.frames.to(self.device))
+                return [like, *(unpacked(like, t["agent"]["state"]) for _ in range(2))]
+            try:
+                try: like, state, spare = made(self.cfg.record)
+                except ValueError: like, state, spare = made(False)          # from before acting was recorded
+            except ValueError: tqdm.write("the agent's memory is of another precision, or was recorded, and begins anew"); return
+            finally: self.agent.record = self.cfg.record
             actions, c = t["agent"]["actions"].to(self.device), self.collector
             seen = world.features(world.track(spare, actions, c.frames.to(self.device), c.first.to(self.device)))      # it is tried on a copy first
             if seen.shape != world.features(like).shape: raise ValueError("a memory of another shape")
@@ -583,8 +592,9 @@ class Trainer:
             r.write_json("rollouts.json", errors.to_dict() | world.diagnose(held))
             r.write_json("costs.json", self.costs(held))
             dream(world, self.policy, max(held, key=lambda e: e.time), r.path/"dream.gif", context=cfg.dream_context)
-        mine = evaluate(self.agent, cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
-        return mine, evaluate(RandomAgent(world.actions), cfg.env, cfg.episodes, cfg.seed, cfg=cfg.atari)
+        num_envs = None if self.device.type == "cpu" else min(cfg.episodes, 100)    # a GPU takes as long for one game as for all
+        scores = lambda who: evaluate(who, cfg.env, cfg.episodes, cfg.seed, num_envs, cfg=cfg.atari)
+        return scores(self.agent), scores(RandomAgent(world.actions))
 
     def costs(self, held: list[Segment], rows: int = 64) -> dict:
         "What dreaming and learning cost: operations and seconds of a dream of `rows` rows, seconds of all learning."

@@ -7,10 +7,11 @@ __all__ = ['Agent', 'RandomAgent']
 
 # %% ../../nbs/54_behave.agent.ipynb #cell-003
 import torch
-from jaxtyping import Bool, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 from .imagine import evaluating
 from ..core import Segment, autocast, check, find_device
+from ..device import Recorded
 from ..worlds.base import WorldModel
 
 # %% ../../nbs/54_behave.agent.ipynb #cell-005
@@ -22,9 +23,10 @@ class Agent(nn.Module):
                  policy: nn.Module,                          # features (b d) -> (logits (b a), values (b))
                  device: str | torch.device | None = None,   # "auto", "cpu", "cuda"; None: where the world is
                  precision: str = "auto",                    # of the world's passes, as in `core.autocast`
-                 seed: int = 0):                             # of the actions
+                 seed: int = 0,                              # of the actions
+                 record: bool = False):                      # on a GPU: play acting back as a CUDA graph, in worlds that can; elsewhere it only counts alike
         super().__init__()
-        self.world, self.policy, self.precision = world, policy, precision
+        self.world, self.policy, self.precision, self.record = world, policy, precision, record
         self.to(self.device if device is None else find_device(str(device)))
         self.generator = torch.Generator()
         self.seed(seed)
@@ -39,7 +41,7 @@ class Agent(nn.Module):
 
     def reset(self) -> None:
         "Forget all episodes; the next frames begin new ones."
-        self.state = self.actions = None
+        self.state = self.actions = self.steady = None
 
     @torch.no_grad()
     def act(self, frames: UInt8[Tensor, "n c h w"],    # what is seen now
@@ -52,18 +54,39 @@ class Agent(nn.Module):
         check(first.shape == frames.shape[:1], "first.shape", tuple(first.shape), f"must be ({len(frames)},), one for each frame")
         here, frames, first = frames.device, frames.to(self.device), first.to(self.device)
         if self.actions is not None and len(self.actions) != len(frames): self.reset()
-        with evaluating(self), autocast(self.device, self.precision):
-            if self.state is None: self.state = self.world.observe(self._begin(frames))
-            else: self.state = self.world.track(self.state, self.actions.to(self.device), frames, first)
-            logits, _ = self.policy(self.world.features(self.state))
+        if self.state is None:
+            self.state = self.begin(frames); logits = self.choose()
+        elif self.record and self.world.live(self.state):
+            if self.steady is None or self.steady[0] is not self.state: self.steady = self.state, Recorded(self.go_on)
+            logits = self.steady[1](frames, first, self.actions.to(self.device))
+        else: logits = self.go_on(frames, first, self.actions.to(self.device))
         p = logits.float().softmax(-1).cpu()             # drawn here, so that a seed means the same on every device
         self.actions = p.argmax(-1) if greedy else torch.multinomial(p, 1, generator=self.generator)[:, 0]
         return self.actions.to(here)
 
-    def _begin(self, frames) -> Segment:
-        "One step, the first of an episode."
+    @torch.no_grad()
+    def begin(self, frames: UInt8[Tensor, "n c h w"]):
+        "The state after the first frames of episodes."
         zero = torch.zeros(len(frames), 1, device=self.device)
-        return Segment(frames[:, None], zero.long(), zero, zero.bool(), ~zero.bool())
+        with evaluating(self), autocast(self.device, self.precision):
+            state = self.world.observe(Segment(frames[:, None], zero.long(), zero, zero.bool(), ~zero.bool()))
+        if self.record: self.world.live(state)
+        return state
+
+    @torch.no_grad()
+    def choose(self) -> Float[Tensor, "n a"]:
+        "Logits of the actions, given what is known."
+        with evaluating(self), autocast(self.device, self.precision): return self.policy(self.world.features(self.state))[0]
+
+    @torch.no_grad()
+    def go_on(self, frames: UInt8[Tensor, "n c h w"], first: Bool[Tensor, "n"], actions: Int[Tensor, "n"]) -> Float[Tensor, "n a"]:
+        "`choose` after `actions` and `frames`. If it is to be recorded (`steady` is set), what is known stays where it was in memory."
+        with evaluating(self), autocast(self.device, self.precision): state = self.world.track(self.state, actions, frames, first)
+        if self.steady is None: self.state = state
+        else:
+            for k, v in vars(self.state).items():
+                if torch.is_tensor(v): v.copy_(getattr(state, k))
+        return self.choose()
 
 # %% ../../nbs/54_behave.agent.ipynb #cell-013
 class RandomAgent:

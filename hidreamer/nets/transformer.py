@@ -67,7 +67,7 @@ class Cache:
     """What the transformer remembers: for every layer a ring of steps, and the present step's tokens that will be forgotten.
 
     Keys and values are (b heads n hd), where n runs over the remembered slots of the ring's places, then over the present
-    rest. Step t lies at place t mod window. `step` is the present step, for all rows; row i remembers from `start[i]` on."""
+    rest. Step t lies at place t mod window. `step` is the present step, for all rows (after `live` a tensor); row i remembers from `start[i]` on."""
     def __init__(self, cfg: TransformerConfig, slots: tuple[int, ...], batch: int, device=None, dtype=None):
         self.cfg, self.slots, self.step, self.floor, self.ragged = cfg, slots, -1, 0, False
         self.keep = remembered(slots, cfg.rule)
@@ -77,6 +77,11 @@ class Cache:
         self.keys, self.values, self.start = new(), new(), torch.zeros(batch, dtype=torch.long, device=device)
         self.known = {}                 # biases that all rows share, see `visible`
 
+    def live(self) -> None:
+        "From here on steps are counted on the device: then `act` and `see` ask nothing, and a GPU can record them."
+        if not self.counted_there: self.step, self.ragged = torch.tensor(self.step, device=self.start.device), True
+    @property
+    def counted_there(self) -> bool: return torch.is_tensor(self.step)
     @property
     def batch(self) -> int: return len(self.start)
     @property
@@ -87,6 +92,7 @@ class Cache:
     @torch.no_grad()
     def reset(self, mask: Bool[Tensor, "b"]) -> None:
         "Rows where `mask`: the next step seen will be their first. Call it between `act` and `see`."
+        if self.counted_there: self.start.copy_(torch.where(mask, self.step + 1, self.start)); return
         if not mask.any(): return
         self.start[mask.to(self.start.device)] = self.step + 1
         self.floor, self.ragged = self.step + 1, True
@@ -96,15 +102,20 @@ class Cache:
         new = object.__new__(Cache); new.__dict__.update(self.__dict__)
         again = lambda x: x.repeat_interleave(n, 0) if n > 1 else x.clone()
         new.keys, new.values, new.start = [again(x) for x in self.keys], [again(x) for x in self.values], again(self.start)
+        if self.counted_there: new.step = self.step.clone()
         return new
 
     def write(self, layer: int, k, v, acting: bool) -> None:
         "Store keys and values (b h m hd) of the present step: its level tokens, or its action."
         w, r = self.cfg.context_of(layer), len(self.keep)
         at, rest = self.step % w * r, w * r
+        def put(store, begin, x):
+            if torch.is_tensor(begin): store.index_copy_(2, begin + torch.arange(x.shape[2], device=x.device), x)
+            else: store[:, :, begin:begin + x.shape[2]] = x
         for new, store in ((k, self.keys[layer]), (v, self.values[layer])):
-            if acting: store[:, :, at + r - 1:at + r] = new
-            else: store[:, :, at:at + r - 1], store[:, :, rest:] = new[:, :, :r - 1], new[:, :, r - 1:]
+            new = new.to(store.dtype)
+            if acting: put(store, at + r - 1, new)
+            else: put(store, at, new[:, :, :r - 1]); put(store, rest, new[:, :, r - 1:])
 
     def fill(self, layer: int, k, v) -> None:
         "Store keys and values (b h t s hd) of whole steps, of which the last is the present one."
@@ -129,7 +140,7 @@ def _rules(slots, rule, acting, device):
 
 def visible(cache: Cache, window: int, acting: bool) -> Float[Tensor, "b 1 q n"]:
     "0 where the present step's level tokens (or, `acting`, its action) may look, -inf elsewhere; b=1 where all rows agree."
-    full = cache.step - cache.floor >= window - 1        # every row remembers a whole window
+    full = not cache.counted_there and cache.step - cache.floor >= window - 1            # every row is known to remember a whole window
     if full and (known := cache.known.get(key := (window, acting, cache.step % window))) is not None: return known
     device = cache.start.device
     own, past, rest = _rules(cache.slots, cache.cfg.rule, acting, device)
@@ -144,17 +155,18 @@ def visible(cache: Cache, window: int, acting: bool) -> Float[Tensor, "b 1 q n"]
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-012
 @torch.compiler.assume_constant_result
-def rope(step: int, steps: int, hd: int, device) -> tuple[Tensor, Tensor]:
+def rope(step: int | Int[Tensor, ""], steps: int, hd: int, device) -> tuple[Tensor, Tensor]:
     "Cosines and sines (steps hd/2) for environment steps `step`, `step + 1`, ... Source: RoFormer (Su et al. 2021), eq. 15."
-    return _kept_rope(step, steps, hd, device) if step < 1024 else _rope(step, steps, hd, device)
+    return _kept_rope(step, steps, hd, device) if not torch.is_tensor(step) and step < 1024 else _rope(step, steps, hd, device)
 
 @functools.cache         # never dropped: a recording may read them
 def _kept_rope(*which): return _rope(*which)
 
 @torch.inference_mode(False)
 def _rope(step, steps, hd, device):
-    freq = 1000. ** (-torch.arange(0, hd, 2, dtype=torch.float64) / hd)
-    angle = torch.arange(step, step + steps, dtype=torch.float64)[:, None] * freq   # float64: steps may run into the millions
+    there = step.device if torch.is_tensor(step) else None
+    freq = 1000. ** (-torch.arange(0, hd, 2, dtype=torch.float64, device=there) / hd)
+    angle = (step + torch.arange(steps, dtype=torch.float64, device=there))[:, None] * freq         # float64: steps may run into the millions
     return angle.cos().float().to(device), angle.sin().float().to(device)
 
 def rotate(x: Float[Tensor, "b n j h hd"], cos, sin) -> Tensor:
@@ -303,7 +315,7 @@ class Transformer(Stack):
     @torch.no_grad()
     def act(self, actions: Int[Tensor, "b"], cache: Cache, fused: bool = False) -> Float[Tensor, "b d"]:
         "Take the present step's action; the output predicts what follows. Changes `cache` in place. `fused`: with the parts that `fuse` made."
-        check(cache.step >= 0, "cache.step", cache.step, "nothing was seen yet", "Call `see` first.")
+        check(cache.counted_there or cache.step >= 0, "cache.step", cache.step, "nothing was seen yet", "Call `see` first.")
         return self.push(self.action(actions).unsqueeze(1), cache, True, fused)[:, 0]
 
     @torch.no_grad()

@@ -141,6 +141,9 @@ ARMS = {
     "wider head": dict(head_width=128, head_blocks=3),
     "wider head, state dropout": dict(head_width=128, head_blocks=3, state_dropout=.5),
     "wider head, state dropout, displaced": dict(head_width=128, head_blocks=3, state_dropout=.5, shift=3),
+    "wider head, displaced": dict(head_width=128, head_blocks=3, shift=4),
+    "wider head, eye": dict(head_width=128, head_blocks=3, pixels=48),
+    "wider head, displaced, eye": dict(head_width=128, head_blocks=3, shift=4, pixels=48),
     "rewards from the state alone": dict(judge_sees=("state",)),
     "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
@@ -351,6 +354,8 @@ PLAYERS = {
     "sees two pictures alone": dict(policy_sees=("picture", "before")),
     "six passes": dict(epochs=6),
     "more, smaller steps": dict(epochs=4, minibatches=16, lr=5e-4),
+    "512 dreams at a time": dict(dream_batch=512, minibatches=8),
+    "1,024 dreams at a time": dict(dream_batch=1024, minibatches=8),
     "entropy .01": dict(entropy=.01),
     "entropy .03": dict(entropy=.03),
     "begins near rewards": dict(near=.5),
@@ -362,11 +367,11 @@ def practise(base: HiDreamer, cfg: TrainConfig, replay: Replay, player: str, see
     seed_everything(seed); world, change, generator = copy.copy(base), PLAYERS[player], torch.Generator().manual_seed(seed)
     world.cfg = replace(base.cfg, policy_sees=change.get("policy_sees", base.cfg.policy_sees)).check()
     ppo = replace(cfg.ppo, **{f.name: change[f.name] for f in fields(PPOConfig) if f.name in change}).check()
-    horizon = change.get("horizon", cfg.horizon)
+    horizon, batch = change.get("horizon", cfg.horizon), change.get("dream_batch", cfg.dream_batch)
     agent = Agent(world, Policy(world.feature_dim, world.actions, ppo), "cpu", cfg.precision, seed)
-    learner, each, paid = PPO(agent.policy, ppo), cfg.dream_batch * horizon, []
+    learner, each, paid = PPO(agent.policy, ppo), batch * horizon, []
     for i in tqdm(range(max(1, round(dreamed / each))), desc=f"{player}, seed {seed}", unit="batch", mininterval=1):
-        sample = lambda near: replay.sample(max(1, cfg.dream_batch // cfg.dream_repeat), cfg.dream_context, generator, near, 2 * horizon)
+        sample = lambda near: replay.sample(max(1, batch // cfg.dream_repeat), cfg.dream_context, generator, near, 2 * horizon)
         with torch.no_grad(), autocast(agent.device, cfg.precision):
             state, real = experienced(world, sample(0.)) if ppo.real else (world.starts(sample(change.get("near", 0.))), None)
             if ppo.real and "near" in change: state = world.starts(sample(change["near"]))       # a reward that lies ahead is none that the critic hears of

@@ -174,6 +174,12 @@ class Decoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
         "Vectors to pictures (not clamped, so that the loss has a gradient everywhere)."
-        x = rearrange(self.blocks(self.inp(z)), "n (h w) d -> n h w d", h=self.grid)
+        return self.draw(rearrange(z, "n (h w) d -> n h w d", h=self.grid))
+    def cells(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c s s"]:
+        "What single positions of a grid draw, each its own patch."
+        return self.draw(z.reshape(-1, 1, 1, z.shape[-1])).unflatten(0, z.shape[:-1])
+    def draw(self, z: Float[Tensor, "n h w d"]) -> Float[Tensor, "n c h2 w2"]:
+        "The patches of positions, laid side by side."
+        x = self.blocks(self.inp(z))
         for layer in self.grow: x = layer(F.silu(x))
         return x.permute(0, 3, 1, 2).float()

@@ -39,6 +39,11 @@ class WorldModel(nn.Module):
               first: Bool[Tensor, "b"]) -> Any:
         "Take `action`, then see the real `frames`; where `first`, forget everything before them."
         raise NotImplementedError
+    def live(self, state: Any) -> bool:
+        """Make `state` one that a GPU can record `track` with, and say so; False: this world has none.
+
+        From then on `track` asks nothing and returns an object with tensors of the same shapes; what is no tensor of the object's own it changes in place."""
+        return False
     def step(self, state: Any, action: Int[Tensor, "b"]) -> Step:
         "Imagine one step."
         raise NotImplementedError
