@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'coder_of', 'still_codes', 'at_temperature', 'games_to_ask', 'replay_of', 'points',
-           'state_knows', 'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'steady', 'ablate',
-           'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch',
-           'nats_of', 'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits', 'look_at', 'main']
+           'state_knows', 'played', 'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'steady',
+           'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games',
+           'stretch', 'nats_of', 'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits', 'scores_of', 'look_at',
+           'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -107,17 +108,22 @@ def state_knows(world: HiDreamer, games: list, game: str, context: int = 8, per:
             out[k][name] = [linear_probe(z, y[ok], *splits, penalties=(1e-2, 1e-1, 1., 10.)) for y in (x, v)]
     return out
 
+def played(run: str | Path) -> dict:
+    """What a run of any game has played, ready for JSON: its settings, its mean return on the way, how many rewards above and below 0 came (`points`),
+    and the scores that it was last given, if any; those name their own `environment_steps`."""
+    r = Run(run)
+    return dict(config=r.config | dict(run=r.path.name), step=r.checkpoint().step, points=points(r.path),
+                scores=r.read_json("scores.json") if (r.path/"scores.json").exists() else None,
+                curve=[[x["step"], x["score/recent"]] for x in r.metrics() if "score/recent" in x])
+
 def look(run: str | Path, shown: list, episodes: list, temperatures: list[float], starts: int = 512, seed: int = 0) -> dict:
     "What a run shows, ready for JSON: returns, points on the way, steadiness of codes, next-step prediction by level, positions in dreams by temperature."
     world, folder = trained(run), Path(run)
     reader = Reader(Run(folder).config["env"], shown, hand_of(world))
     segs = [e for e, _ in episodes]
-    read = lambda name: json.loads((folder / name).read_text()) if (folder / name).exists() else None
     dreams = {str(t): at_temperature(world, t, lambda: imagined_state(world, reader, episodes, context=16, starts=starts, seed=seed).to_dict())
               for t in temperatures}
-    curve = [[r["step"], r["score/recent"]] for r in Run(folder).metrics() if "score/recent" in r]
-    return dict(config=Run(folder).config | dict(run=folder.name), step=Run(folder).checkpoint().step, scores=read("scores.json"), points=points(run),
-                still=still_codes(world, segs), knows=state_knows(world, shown, reader.game), next=token_accuracy(world, segs), dreams=dreams, curve=curve,
+    return played(run) | dict(still=still_codes(world, segs), knows=state_knows(world, shown, reader.game), next=token_accuracy(world, segs), dreams=dreams,
                 rewards=imagined_rewards(world, segs, context=16, starts=starts, seed=seed),
                 codes=imagined_codes(world, segs, context=16, starts=starts, seed=seed))
 
@@ -561,6 +567,14 @@ def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     return report
 
 # %% ../../nbs/75_studies.atari.ipynb #atari012
+def scores_of(runs: list[Path], out: Path, command: str = "") -> dict:
+    "`played` of several runs, of any games."
+    found = {r["config"]["run"]: r for r in map(played, runs)}
+    check(len(found) == len(runs), "runs", [str(r) for r in runs], "must have folders of different names")
+    report = dict(provenance=provenance() | dict(command=command), runs=found)
+    out.parent.mkdir(parents=True, exist_ok=True); write_atomic(out, json.dumps(report, indent=1).encode())
+    return report
+
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
     games = {Run(r).config["env"] for r in runs}
@@ -576,11 +590,13 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return report
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look RUN... --out FILE`, or `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
+    "`python -m hidreamer.studies.atari look|scores RUN... --out FILE`; `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
     a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
     a.add_argument("--temperatures", type=float, nargs="+", default=[1., .7, .5, .3, .1])
+    z = kinds.add_parser("scores", help="what runs have played, of any games"); z.add_argument("runs", nargs="+", type=Path)
+    z.add_argument("--out", type=Path, required=True)
     b = kinds.add_parser("ablate", help="the same codes and batches for other designs"); b.add_argument("run", type=Path)
     b.add_argument("--arms", nargs="+", default=list(ARMS)); b.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     b.add_argument("--updates", type=int, default=1500); b.add_argument("--frames", type=int, default=40_000)
@@ -607,6 +623,7 @@ def main(arguments: list[str] | None = None) -> None:
     c.add_argument("--out", type=Path, required=True)
     o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
     if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
+    elif o.what == "scores": scores_of(o.runs, o.out, command)
     elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
     elif o.what == "heart": by_heart(o.run, o.arms, o.seeds, o.out, o.updates, o.learned, o.asked, command)
     elif o.what == "lost": lost(o.run, o.out, o.asked, command)
