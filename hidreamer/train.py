@@ -156,8 +156,8 @@ def cpu() -> TrainConfig:
     model = small()
     model = replace(model, temperature=.5, transformer=replace(model.transformer, width=128, mlp=2., dropout=.1), judge_sees=VIEWS, policy_sees=VIEWS)
     return TrainConfig(preset="cpu", steps=100_000, random_steps=10_000, warm_up=2_500, world_warm_up=1_500, batch=8, replay_ratio=16., near_rewards=.3,
-                       dream_ratio=64., dream_batch=256, ema=.995, max_minutes=130., episodes=100, model=model,
-                       ppo=PPOConfig(epochs=2, lr=1e-3, return_norm=False, real=1.))
+                       dream_ratio=64., dream_batch=1024, ema=.995, max_minutes=130., episodes=100, model=model,
+                       ppo=PPOConfig(epochs=2, minibatches=8, lr=1e-3, return_norm=False, real=1.))
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps, which should take about nine minutes."
@@ -192,9 +192,7 @@ def sparse(cfg: TrainConfig, world: str) -> TrainConfig:
     "What a preset means for `shi` and `original-shi`, which learns its hierarchy beforehand. `atari100k` has the sizes and rates of the design."
     name, first = cfg.preset, world == "original-shi"
     if name == "cpu": cfg = replace(cfg, warm_up=4_000, replay_ratio=10., dream_ratio=30., dream_batch=128)         # rates of its own
-    if name == "atari100k":
-        cfg = replace(cfg, envs=16, random_steps=5_000, warm_up=2_500, replay_ratio=32., dream_ratio=256., dream_batch=1024)
-        cfg = replace(cfg, ppo=replace(cfg.ppo, minibatches=4))
+    if name == "atari100k": cfg = replace(cfg, envs=16, random_steps=5_000, warm_up=2_500, replay_ratio=32., dream_ratio=256., dream_batch=1024)
     codes = dict(levels=3 if first else 1, codes=512 if name == "atari100k" else 256)
     small = dict(width=128, layers=3, heads=4, scales=(1., 1., 1., 1.))
     tiny = dict(width=32, layers=1, heads=2, code_dim=4, history=2, unroll=1, rollout=(2,), scales=(1., 1., 1., 1.))
@@ -231,7 +229,7 @@ def preset(name: str, world: str = "hidreamer") -> TrainConfig:
         check(value in known, kind, value, f"must be one of {', '.join(known)}", f"Nearest: {nearest(value, known, 1)}.")
     cfg = PRESETS[name]()
     if world == "hidreamer": return cfg
-    cfg = replace(cfg, ema=0., near_rewards=0., world_warm_up=0, ppo=replace(cfg.ppo, real=0.))          # tried with hidreamer alone
+    cfg = replace(cfg, ema=0., near_rewards=0., world_warm_up=0, ppo=replace(cfg.ppo, real=0., minibatches=4))          # tried with hidreamer alone
     if world in ("shi", "original-shi"): return sparse(cfg, world)
     changes = recurrent(name)
     return replace(cfg, world=world, **changes | dict(model=WORLDS[world][0](**changes["model"])))
