@@ -121,7 +121,7 @@ def test_published_agents_play(game, lost, tmp_path):
     path = shutil.copy(kept, tmp_path)
     agent, config = load_agent(path, "cpu"), json.loads((folder_of(path) / "config.json").read_text())
     step, = (int(p.name[5:]) for p in (folder_of(path) / "checkpoints").glob("step-*"))
-    assert config["env"] == game and step >= .9 * config["steps"]      # trained to the end, or nearly
+    assert config["env"] == game and step >= config["steps"]           # trained to the end
     envs = make_envs(game, 8, seed=5)
     (frames, _), first, total = envs.reset(), torch.ones(8, dtype=torch.bool), 0.
     agent.reset(); agent.seed(0)
