@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'coder_of', 'still_codes', 'at_temperature', 'games_to_ask', 'replay_of', 'points',
-           'state_knows', 'played', 'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'steady',
-           'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games',
-           'stretch', 'nats_of', 'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits', 'scores_of', 'look_at',
-           'main']
+           'state_knows', 'played', 'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'keep',
+           'steady', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies',
+           'new_games', 'stretch', 'nats_of', 'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits',
+           'scores_of', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -33,7 +33,7 @@ from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
 from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
 from ..data.replay import Collector, Replay
-from ..evaluate.rollouts import clustered
+from ..evaluate.rollouts import clustered, rollout_frames
 from ..evaluate.scores import HELD_OUT_SEED, evaluate, own_randomness
 from ..evaluate.statistics import bootstrap_interval
 from ..run import Run, provenance, write_atomic
@@ -229,7 +229,12 @@ def begun(out: Path, settings: dict) -> dict:
     "The report that `out` holds, if it was made with the same settings, or a new one."
     report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
     check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    return report
+
+def keep(report: dict, out: Path, command: str) -> dict:
+    "Write a report, with commit, versions, hardware and the command that made it."
+    report["provenance"] = provenance() | dict(command=command)
+    out.parent.mkdir(parents=True, exist_ok=True); write_atomic(out, json.dumps(report, indent=1).encode())
     return report
 
 def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, ema: float = .995, asked: int = 6_000,
@@ -258,7 +263,7 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
             dream = imagined_state(w.eval(), reader, held, context=16, starts=512)
             report["rows"].append(key | dict(weights=which, next=token_accuracy(w, segs), dream=dream.to_dict(),
                                              rewards=imagined_rewards(w, segs, context=16, starts=512)))
-        write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
+        keep(report, out, command)
     return report
 
 def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1500, frames: int = 40_000, batch: int = 8, length: int = 16,
@@ -275,16 +280,15 @@ def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, update
         check(value >= least, name, value, f"must be at least {least}")
     report = begun(out, dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr,
                              frames=frames, asked=asked))
-    def keep(**more): report.update(more); write_atomic(out, json.dumps(report, indent=1).encode())
     (shown, held), data = games_to_ask(game, asked), Codes(base, [e for e, _ in labelled(game, frames, seed=4_000)])
     reader = Reader(game, shown, hand_of(base))
     for seed in seeds:
         for arm in arms:
             if any((r["arm"], r["seed"]) == (arm, seed) for r in report["rows"]): continue
             report["rows"].append(arm_row(base, arm, seed, data, shown, held, reader, updates, batch, length, lr))
-            keep(provenance=provenance() | dict(command=command))
-    keep(speed=speeds(base, list(dict.fromkeys(r["arm"] for r in report["rows"]))))
-    return report
+            keep(report, out, command)
+    report["speed"] = speeds(base, list(dict.fromkeys(r["arm"] for r in report["rows"])))
+    return keep(report, out, command)
 
 # %% ../../nbs/75_studies.atari.ipynb #free002
 def for_sb3(envs):
@@ -339,9 +343,7 @@ def compare_model_free(games: list[str], seeds: list[int], at: list[int], out: P
     for game in games: game_id(game)
     for n in at: check(n >= 1024, "at", n, "must be at least 1024 steps, the distance between two updates")
     report = begun(out, dict(at=sorted(at), episodes=episodes))
-    def tell(row):
-        report["rows"].append(row); report["provenance"] = provenance() | dict(command=command)
-        write_atomic(out, json.dumps(report, indent=1).encode())
+    def tell(row): report["rows"].append(row); keep(report, out, command)
     for game in games:
         for seed in seeds:
             mine = [r for r in report["rows"] if (r["game"], r["seed"]) == (game, seed)]
@@ -398,7 +400,7 @@ def policies(run: str | Path, players: list[str], seeds: list[int], out: Path, d
         if any((x["player"], x["seed"]) == (player, seed) for x in report["rows"]): continue
         agent, paid = practise(base, cfg, replay, player, seed, dreamed)
         report["rows"].append(dict(player=player, seed=seed, paid=paid, scores=evaluate(agent, cfg.env, episodes, seed, cfg=cfg.atari).to_dict()))
-        write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
+        keep(report, out, command)
     return report
 
 # %% ../../nbs/75_studies.atari.ipynb #heart002
@@ -451,12 +453,12 @@ def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, upda
     some, soon = stretch(replay, first, first + n), stretch(replay, first + n, first + n + next_)
     for x in (replay, new, some, soon): x.remember(coder_of(base, cfg))
     report = begun(out, dict(run=Path(run).name, step=c.step, updates=updates, learned=learned, asked=asked))
-    def keep(**more): report.update(more); write_atomic(out, json.dumps(report | dict(provenance=provenance() | dict(command=command)), indent=1).encode())
     if "own" not in report:
         late = stretch(replay, replay.rows - next_, replay.rows)
         paid = {k: imagined_rewards(base, x.episodes(whole=False), horizon=min(30, next_ - cfg.length), context=min(8, cfg.length), starts=512)
                 for k, x in dict(learned=late, new=new).items()}
-        keep(own=dict(nats=dict(learned=nats_of(base, replay, cfg), new=nats_of(base, new, cfg)), paid=paid))
+        report["own"] = dict(nats=dict(learned=nats_of(base, replay, cfg), new=nats_of(base, new, cfg)), paid=paid)
+        keep(report, out, command)
     for seed, arm in itertools.product(seeds, arms):
         if any((x["arm"], x["seed"]) == (arm, seed) for x in report["rows"]): continue
         world = anew(base, arm, seed)
@@ -464,7 +466,7 @@ def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, upda
         learn(world, lambda: some.sample(cfg.batch, cfg.length, generator, cfg.near_rewards), updates, cfg.lr, name=f"{arm}, seed {seed}",
               after=lambda i: follow(mean, world, cfg.ema, i))
         report["rows"].append(dict(arm=arm, seed=seed) | {k: nats_of(mean, x, cfg) for k, x in dict(learned=some, next=soon, new=new).items()})
-        keep()
+        keep(report, out, command)
     return report
 
 # %% ../../nbs/75_studies.atari.ipynb #lost0002
@@ -499,10 +501,7 @@ def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     keep_memory(); trained(run); cfg, agent = TrainConfig.from_dict(Run(run).config), load_agent(run, "cpu")
     games = new_games(agent, cfg, asked)
     won = sum(int((e.rewards > 0).sum()) for e in games.episodes(whole=False))
-    report = dict(run=Path(run).name, step=Run(run).checkpoint().step, asked=asked, won=won, points=lost_points(agent, games),
-                  provenance=provenance() | dict(command=command))
-    write_atomic(out, json.dumps(report, indent=1).encode())
-    return report
+    return keep(dict(run=Path(run).name, step=Run(run).checkpoint().step, asked=asked, won=won, points=lost_points(agent, games)), out, command)
 
 # %% ../../nbs/75_studies.atari.ipynb #hits0002
 def turns(x: np.ndarray, there: np.ndarray) -> dict[str, list[int]]:
@@ -530,19 +529,16 @@ def at_turns(world: HiDreamer, reader: Reader, episodes: list[Segment], precisio
         at = [(i, t) for i, kinds in enumerate(seen) for t in kinds[kind] if context + lead - 1 <= t < episodes[i].time - last]
         at = at[::max(1, -(-len(at) // most))]
         if not at: continue
-        segs, drawn, cost = [episodes[i][:, t - lead - context + 1:t + last + 1] for i, t in at], {s: [] for s in steps}, []
+        segs, dreamt, cost = [episodes[i][:, t - lead - context + 1:t + last + 1] for i, t in at], [], []
         with evaluating(world), own_randomness(seed), autocast(torch.device("cpu"), precision):
             for part in (Segment.join(segs[i:i + batch]) for i in range(0, len(segs), batch)):
                 codes = world.codes(part)
                 levels = zip(world.predict(codes, part.actions)[0], codes.split(world.sizes, -1))
                 cost.append(sum(nats(z, c[:, 1:].flatten(0, 1)).sum(-1) for z, c in levels).view(part.batch, -1))
-                state = world.repeat(world.observe(part[:, :context]), dreams)
-                for s in range(1 - lead, last + 1):
-                    state = world.step(state, part.actions[:, context + lead + s - 2].repeat_interleave(dreams)).state
-                    if s in steps: drawn[s].append(world.decode(state).float())
+                dreamt.append(rollout_frames(world, part[:, :context], part.actions[:, context - 1:], tuple(lead + s for s in steps), dreams))
         cost, episode = torch.cat(cost), np.array([i for i, _ in at])
         for s in steps:
-            true, dream = reader(torch.cat([x.frames[:, context + lead + s - 1] for x in segs])), reader(torch.cat(drawn[s]))
+            true, dream = (reader(torch.cat(x)) for x in ([x.frames[:, context + lead + s - 1] for x in segs], [d[lead + s].flatten(0, 1) for d in dreamt]))
             known = (true["ball_x"][1] > .5).numpy()
             there = (dream["ball_x"][1] > .5).view(-1, dreams)
             far = [(dream[k][0].view(-1, dreams) - true[k][0][:, None]).abs() for k in ("ball_x", "ball_y")]
@@ -561,19 +557,15 @@ def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     begin = (replay.rows - rows) // 2
     reader = Reader(cfg.env, labelled(cfg.env, 12_000, seed=2_000), hand_of(base))
     ask = lambda x: at_turns(base, reader, x.episodes(whole=False), cfg.precision)
-    report = dict(run=Path(run).name, step=c.step, asked=asked, learned=ask(stretch(replay, begin, begin + rows)),
-                  new=ask(new_games(load_agent(run, "cpu"), cfg, asked)), provenance=provenance() | dict(command=command))
-    write_atomic(out, json.dumps(report, indent=1).encode())
-    return report
+    learned, new = ask(stretch(replay, begin, begin + rows)), ask(new_games(load_agent(run, "cpu"), cfg, asked))
+    return keep(dict(run=Path(run).name, step=c.step, asked=asked, learned=learned, new=new), out, command)
 
 # %% ../../nbs/75_studies.atari.ipynb #atari012
 def scores_of(runs: list[Path], out: Path, command: str = "") -> dict:
     "`played` of several runs, of any games."
     found = {r["config"]["run"]: r for r in map(played, runs)}
     check(len(found) == len(runs), "runs", [str(r) for r in runs], "must have folders of different names")
-    report = dict(provenance=provenance() | dict(command=command), runs=found)
-    out.parent.mkdir(parents=True, exist_ok=True); write_atomic(out, json.dumps(report, indent=1).encode())
-    return report
+    return keep(dict(runs=found), out, command)
 
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
@@ -582,55 +574,42 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     check(len({r.name for r in runs}) == len(runs), "runs", [str(r) for r in runs], "must have folders of different names")
     for r in runs: trained(r)
     for t in temperatures: check(0 < t <= 2, "temperatures", t, "must be in (0, 2]")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    game, = games
-    shown, episodes = games_to_ask(game, asked)
-    report = dict(provenance=provenance() | dict(command=command), runs={r.name: look(r, shown, episodes, temperatures) for r in runs})
-    write_atomic(out, json.dumps(report, indent=1).encode())
-    return report
+    shown, episodes = games_to_ask(*games, asked)
+    return keep(dict(runs={r.name: look(r, shown, episodes, temperatures) for r in runs}), out, command)
 
 def main(arguments: list[str] | None = None) -> None:
     "`python -m hidreamer.studies.atari look|scores RUN... --out FILE`; `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
-    p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(dest="what", required=True)
-    a = kinds.add_parser("look", help="what finished runs show"); a.add_argument("runs", nargs="+", type=Path)
-    a.add_argument("--temperatures", type=float, nargs="+", default=[1., .7, .5, .3, .1])
-    z = kinds.add_parser("scores", help="what runs have played, of any games"); z.add_argument("runs", nargs="+", type=Path)
-    z.add_argument("--out", type=Path, required=True)
-    b = kinds.add_parser("ablate", help="the same codes and batches for other designs"); b.add_argument("run", type=Path)
-    b.add_argument("--arms", nargs="+", default=list(ARMS)); b.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    b.add_argument("--updates", type=int, default=1500); b.add_argument("--frames", type=int, default=40_000)
-    b.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
-    s = kinds.add_parser("steady", help="the last weights of a world beside their running mean"); s.add_argument("run", type=Path)
-    s.add_argument("--seeds", type=int, nargs="+", default=[0, 1]); s.add_argument("--ema", type=float, default=.995)
-    s.add_argument("--updates", type=int, default=1500); s.add_argument("--arms", nargs="+", default=["as it is"])
-    s.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
-    h = kinds.add_parser("heart", help="what a run's world knows of games that it has not learned from"); h.add_argument("run", type=Path)
-    h.add_argument("--arms", nargs="*", default=["as it is", "state dropout"]); h.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    h.add_argument("--updates", type=int, default=1200); h.add_argument("--learned", type=int, default=12_000, help="steps that an arm learns from")
-    g = kinds.add_parser("lost", help="could the points have been saved that a run's agent loses?"); g.add_argument("run", type=Path)
-    t = kinds.add_parser("hits", help="what a run's world knows of the ball at the paddles"); t.add_argument("run", type=Path)
-    q = kinds.add_parser("policies", help="new policies in the world of a run"); q.add_argument("run", type=Path)
-    q.add_argument("--players", nargs="+", default=list(PLAYERS)); q.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    q.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each"); q.add_argument("--episodes", type=int, default=16)
-    q.add_argument("--out", type=Path, required=True)
-    for k in (a, b, s, h, g, t):
-        k.add_argument("--asked", type=int, default=6_000, help="frames to ask about: of random play, or of new games")
-        k.add_argument("--out", type=Path, required=True)
-    c = kinds.add_parser("free", help="PPO without a world model, of Stable-Baselines3, in the same games")
-    c.add_argument("games", nargs="+"); c.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    c.add_argument("--at", type=int, nargs="+", default=[100_000, 300_000, 1_000_000]); c.add_argument("--episodes", type=int, default=100)
-    c.add_argument("--out", type=Path, required=True)
-    o = p.parse_args(arguments); command = "python -m hidreamer.studies.atari " + " ".join(arguments)
-    if o.what == "free": compare_model_free(o.games, o.seeds, o.at, o.out, o.episodes, command)
-    elif o.what == "scores": scores_of(o.runs, o.out, command)
-    elif o.what == "look": look_at(o.runs, o.temperatures, o.out, o.asked, command)
-    elif o.what == "heart": by_heart(o.run, o.arms, o.seeds, o.out, o.updates, o.learned, o.asked, command)
-    elif o.what == "lost": lost(o.run, o.out, o.asked, command)
-    elif o.what == "hits": hits(o.run, o.out, o.asked, command)
-    elif o.what == "policies": policies(o.run, o.players, o.seeds, o.out, o.dreamed, o.episodes, command)
-    elif o.what == "steady": steady(o.run, o.seeds, o.out, o.updates, o.ema, o.asked, o.near_rewards, o.arms, command)
-    else: ablate(o.run, o.arms, o.seeds, o.out, o.updates, o.frames, asked=o.asked, design=o.design, command=command)
+    p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(required=True)
+    def kind(name: str, f: Callable, text: str, what: str = "run") -> argparse.ArgumentParser:
+        "A command that calls `f`; its options are the parameters of `f`."
+        k = kinds.add_parser(name, help=text); k.set_defaults(f=f); k.add_argument("--out", type=Path, required=True)
+        k.add_argument(what, type=str if what == "games" else Path, nargs=None if what == "run" else "+"); return k
+    look = kind("look", look_at, "what finished runs show", "runs")
+    look.add_argument("--temperatures", type=float, nargs="+", default=[1., .7, .5, .3, .1])
+    kind("scores", scores_of, "what runs have played, of any games", "runs")
+    design = kind("ablate", ablate, "the same codes and batches for other designs")
+    design.add_argument("--frames", type=int, default=40_000)
+    design.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
+    mean = kind("steady", steady, "the last weights of a world beside their running mean")
+    mean.add_argument("--ema", type=float, default=.995); mean.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
+    heart = kind("heart", by_heart, "what a run's world knows of games that it has not learned from")
+    heart.add_argument("--learned", type=int, default=12_000, help="steps that an arm learns from")
+    missed = kind("lost", lost, "could the points have been saved that a run's agent loses?")
+    paddles = kind("hits", hits, "what a run's world knows of the ball at the paddles")
+    new = kind("policies", policies, "new policies in the world of a run")
+    new.add_argument("--players", nargs="+", default=list(PLAYERS)); new.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each")
+    free = kind("free", compare_model_free, "PPO without a world model, of Stable-Baselines3, in the same games", "games")
+    free.add_argument("--at", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
+    for k, arms, updates in ((design, list(ARMS), 1500), (mean, ["as it is"], 1500), (heart, ["as it is", "state dropout"], 1200)):
+        k.add_argument("--arms", nargs="*" if k is heart else "+", default=arms); k.add_argument("--updates", type=int, default=updates)
+    for k, seeds in ((design, [0, 1, 2]), (mean, [0, 1]), (heart, [0, 1]), (new, [0, 1]), (free, [0, 1, 2])):
+        k.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    for k, games in ((new, 16), (free, 100)): k.add_argument("--episodes", type=int, default=games)
+    for k in (look, design, mean): k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
+    for k in (heart, missed, paddles): k.add_argument("--asked", type=int, default=6_000, help="steps of new games of the run's agent to ask about")
+    chosen = vars(p.parse_args(arguments))
+    chosen.pop("f")(**chosen, command="python -m hidreamer.studies.atari " + " ".join(arguments))
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013
 #| eval: false
