@@ -421,7 +421,7 @@ class Signals:
 
 # %% ../../nbs/42_worlds.shi.ipynb #7f52ced5
 class SHI(TokenWorld):
-    "Soft levels, causal graph and surprise choose what is imagined. Everything learns in one stage, from the first update."
+    "Soft levels, causal graph and surprise choose what is imagined. Everything learns in one stage, as soon as there are codes."
     def __init__(self, cfg: SHIConfig, actions: int):
         super().__init__(cfg, actions)
         self.surprise = nn.Sequential(nn.Conv2d(cfg.history * cfg.code_dim, 32, 3, padding=1), nn.SiLU(), nn.Conv2d(32, 1, 1))
