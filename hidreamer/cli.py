@@ -197,7 +197,8 @@ def tworooms(*, mode: Literal["l1", "l2", "both"] = "both",   # what to train; l
     "Learn two rooms at two speeds, plan with and without the second, and compare; writes a table, CSV, summary and page."
     from hidreamer.studies.tworooms import StudyConfig, run_study, show
     from hidreamer.worlds.hjepa import JEPAConfig
-    cfg = StudyConfig(layout=layout, transitions=transitions, epochs=epochs, seed=seed, trials=trials, budget=budget, model=JEPAConfig(step_skip=step_skip))
+    cfg = StudyConfig(layout=layout, transitions=transitions, epochs=epochs, seed=seed, trials=trials, budget=budget,
+                      model=JEPAConfig(step_skip=step_skip, l2_time=max(1, round(40 / max(1, step_skip))) * step_skip + 1))
     summary, _ = run_study(cfg, output, mode, command="hidreamer tworooms " + " ".join(sys.argv[2:]))
     print(show(summary), output/"report"/"index.html", sep="\n")
 

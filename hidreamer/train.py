@@ -66,7 +66,7 @@ class TrainConfig(Config):
     device: str = "auto"            # auto, cpu, cuda, mps
     precision: str = "auto"         # bf16, fp32, or auto: bf16 where it is faster
     threads: int = 0                # CPU threads; 0: PyTorch's own choice
-    record: bool = False            # on a GPU: play whole updates and dreams back as CUDA graphs
+    record: bool = False            # on a GPU: play whole updates, dreams and acting back as CUDA graphs
     compile: bool = False           # on a GPU: fuse small operations with `torch.compile` (takes two minutes)
     steps: int = 12_000             # steps of the real game (one step is four frames)
     random_steps: int = 6_000       # of these, the first ones with random actions
@@ -177,7 +177,7 @@ def debug() -> TrainConfig:
                        replay=ReplayConfig(capacity=1_000), model=tiny())
 
 def small() -> HiDreamerConfig:
-    "A world for CPUs: five million parameters, three levels of 64 codes."
+    "A world for CPUs: six million parameters (three in the preset `cpu`, of half the width), three levels of 64 codes."
     return HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2), transformer=TransformerConfig(layers=3, experts=(1, 2, 4)), halves=3, changes=24)
 
 def tiny() -> HiDreamerConfig:

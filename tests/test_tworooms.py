@@ -12,7 +12,7 @@ SMALL = ["tworooms", "--transitions", "6000", "--epochs", "16", "--trials", "4",
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--step-skip", "7"], "does not divide the 40 actions"),
+    (["--step-skip", "1"], "must be at least 2"),
     (["--transitions", "0"], "is an empty data set"),
     (["--layout", "tworooms"], "Nearest: "),
     (["--mode", "l2"], "holds no level 1"),

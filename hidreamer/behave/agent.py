@@ -24,7 +24,7 @@ class Agent(nn.Module):
                  device: str | torch.device | None = None,   # "auto", "cpu", "cuda"; None: where the world is
                  precision: str = "auto",                    # of the world's passes, as in `core.autocast`
                  seed: int = 0,                              # of the actions
-                 record: bool = False):                      # on a GPU: play acting back as a CUDA graph, in worlds that can; elsewhere it only counts alike
+                 record: bool = False):                      # on a GPU: play acting back as a CUDA graph, in worlds that can; a CPU computes the same
         super().__init__()
         self.world, self.policy, self.precision, self.record = world, policy, precision, record
         self.to(self.device if device is None else find_device(str(device)))

@@ -262,7 +262,7 @@ def saturating(radius: float = 5.) -> Callable:
 # %% ../../nbs/53_behave.mppi.ipynb #bdc14795
 def oracle_agents(rooms: Rooms, horizon: int = 128, budget: int = 1024, stride: int = 10, seed: int = 0) -> dict[str, Flat | TwoLevel | Random]:
     """Agents that plan with the true dynamics: flat and long-sighted, flat and short-sighted, frame skip, two levels. All may simulate `budget` steps for
-    each step they take and look `horizon` steps ahead, the short-sighted one as far as the lower of the two levels."""
+    each step they take and look `horizon` steps ahead, the short-sighted one six steps further than the lower of the two levels."""
     bound, radius, near, common = ball(rooms.cfg.max_step), 1.5, 5.5, dict(temperature=.02, fine=.25, fresh=.3)
     def planner(step, price=1, hold=1, **kw):
         return Planner(step, saturating(radius), 2, PlanConfig(discount=(1 - 1 / horizon) ** hold, **common, **kw), bound, seed, price)

@@ -142,7 +142,7 @@ def saving(name: str, ours, theirs, names: tuple[str, str] = ("ours", "the refer
     return out
 
 # %% ../../nbs/61_evaluate.compare.ipynb #8ced6cde
-SCENARIOS = dict(holds="comparability holds", partial="partial comparability", collapse="comparability collapses", none="as good, but nothing saved",
+SCENARIOS = dict(holds="comparability holds", partial="partial comparability", collapse="comparability collapses", none="nothing saved",
                  undecided="undecided")
 
 @dataclass
@@ -367,7 +367,7 @@ def cost_savings(c: Comparison) -> list[Saving]:
     both, names = {u: dreams(c.ours[u], c.theirs[u]) for u in c.units}, ("Operations of a dream", "Seconds of a dream")
     lost = [r for u in c.units if not both[u] for r in (c.ours[u], c.theirs[u]) if r.world not in r.costs]
     why = ""
-    if lost: why = f"{lost[0].path} has no costs.json with the costs of {lost[0].world} (evaluate.costs.costs_json makes it)."
+    if lost: why = f"{lost[0].path} has no costs.json with the costs of {lost[0].world} (`hidreamer train --run DIR` writes it)."
     elif any((a.batch, a.horizon) != (b.batch, b.horizon) for a, b in both.values()): why = "The dreams that were measured differ in batch or horizon."
     if why: return [Saving(n, c.names, len(both), n == names[0], reason=why) for n in names]
     pick = lambda f: tuple({u: f(p[i]) for u, p in both.items()} for i in (0, 1))

@@ -256,7 +256,8 @@ def headline(f: Folder) -> str:
     if human is not None: tiles.append(tile("human (published)", human, "Atari-100k literature"))
     if hn is not None: tiles.append(tile("human-normalised", f"{100 * hn:.1f}%", "0% random, 100% human, both published"))
     steps = s.get("environment_steps") or (f.rows[-1]["step"] if f.rows else None)
-    if steps: tiles.append(tile("environment steps", steps, f"{number(steps * 4)} game frames at frame skip 4"))
+    skip = 1 if game == "Crafter" else f.get("skip", 4)
+    if steps: tiles.append(tile("environment steps", steps, f"{number(steps * skip)} game frames at frame skip {skip}"))
     out += [f'<p class=lead>{escape(score_verdict(s))}</p><div class=tiles>{"".join(tiles)}</div>',
             f'<div class="card wide">{svg(draw_scores(s), 9, 2.2, "returns of the policy and of a random policy")}</div>']
     return "".join(out)
@@ -265,7 +266,7 @@ def dreams(f: Folder) -> str:
     "The film and its strip, then the rollout error."
     gif, strip, out = f.path/"dream.gif", f.path/"dream.png", "<h2>What it dreams</h2>"
     if gif.exists():
-        out += ("<p>The world watches a few real frames, then only the true actions reach it and it imagines the rest. Below, what "
+        out += ("<p>The world watches a few real frames, then only actions reach it, the true ones or the policy's, and it imagines the rest. Below, what "
                 "the parts of the world's hierarchy make of the real frames, for a world that can show it. The start was drawn at random.</p>"
                 f'<figure><img alt="real frames beside imagined ones" src="{embed(gif)}"></figure>')
     else: out += missing("No film yet.", f"hidreamer dream {f.path}")
@@ -285,7 +286,7 @@ def dreams(f: Folder) -> str:
                   f'<details><summary>Figures</summary><div class=card>{body}</div></details><p class=note>{escape(about)}</p>')
 
 # %% ../../nbs/61_evaluate.report.ipynb #cell-023
-TITLES = dict(score="Score", eval="Evaluation", world="World model", tokens="Tokens", policy="Policy", ppo="Policy", collect="Collection")
+TITLES = dict(score="Score", world="World model", tokens="Tokens", policy="Policy")
 FEW, MOST = 3, 12       # groups of fewer charts share one grid; charts beyond `MOST` are listed with their last value
 
 def learning(f: Folder) -> str:
@@ -297,7 +298,7 @@ def learning(f: Folder) -> str:
     def cards(g, charts):
         few = len(groups[g]) < FEW
         for c, lines in charts:
-            mark = level if g in ("score", "eval") and re.search("mean|return", c) else None
+            mark = level if g == "score" and re.search("mean|return", c) else None
             picture = svg(draw_curve(f"{TITLES.get(g, g)}: {c}" if few else c, lines, mark), 4.2, 2.2, f"{g} {c}")
             yield f"<div class=card>{picture}</div>"
     names = sorted((g for g in groups if g != "time"), key=lambda g: (order.index(g) if g in order else 99, g))

@@ -64,7 +64,7 @@ class Data:
         return self.frames[start[:, None] + torch.arange(time)]
 
 # %% ../../nbs/70_studies.tokens.ipynb #cell-009
-FORMS = dict(spatial=dict(grid=8, depth=16, blocks=2), multiscale=dict(grid=(2, 4, 8), depth=16, blocks=2),
+FORMS = dict(spatial=dict(grid=8, depth=16, blocks=2),
              frame=dict(grid=1, depth=16, blocks=2, nce=1., dropout=.1))
 
 def fit(cfg: TokenizerConfig, data: list[Data], minutes: float, seed: int, batch: int = 192, lr: float = 4e-3) -> tuple[Tokenizer, dict]:

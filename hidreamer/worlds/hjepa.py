@@ -48,7 +48,7 @@ class JEPAConfig(Config):
     l2_rnn_state_dim: int = 128  # state of level 2 beside the encoding
     l2_stochastic: bool = False  # prior and posterior with a KL, the published form; otherwise a macro-action is a function of the actions
     l2_min_var: float = .01      # least variance of prior and posterior
-    l2_kl: float = .1            # weight of the KL
+    l2_kl: float = .1            # weight of the KL, and of the errors along samples of the prior
     l2_use_actions: bool = True         # a macro-action is made from the actions
     l2_use_action_only: bool = True     # and from nothing else; otherwise from the encodings before and after, too
     l2_action_agg: str = "concat"       # of the actions: concat, sum or mean
