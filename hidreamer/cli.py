@@ -79,18 +79,21 @@ def merge(a: dict, b: dict) -> dict:
 
 # %% ../nbs/80_cli.ipynb #cell-011
 def one_game(agent, cfg, seed: int, max_steps: int):
-    "A `Segment` (b=1): one game of `agent` on held-out seeds, or its first `max_steps` steps."
+    "A `Segment` (b=1): one whole game of `agent` on held-out seeds, or its first `max_steps` steps; and one frame more, the last."
+    from dataclasses import replace
+    import torch
     from hidreamer.data.envs import make_envs
     from hidreamer.data.replay import Collector, Replay
     from hidreamer.evaluate.scores import HELD_OUT_SEED, own_randomness
-    envs = make_envs(cfg.env, 1, seed=HELD_OUT_SEED + seed, cfg=cfg.atari)
+    envs = make_envs(cfg.env, 1, seed=HELD_OUT_SEED + seed, cfg=replace(cfg.atari, life_loss=False))
     try:
         replay = Replay(None, max_steps + 2, 1, envs.single_observation_space.shape)
         collector = Collector(envs, replay, seed=HELD_OUT_SEED + seed)
         with own_randomness(seed):
             agent.reset(); agent.seed(seed)
-            for _ in range(max_steps + 1):
+            for _ in range(max_steps):
                 if collector.step(agent.act(collector.frames, collector.first)): break
+            collector.step(torch.zeros(1, dtype=torch.long))                 # the last frame; what follows it is not asked for
         return replay.episodes(whole=False)[0]
     finally: envs.close()
 
@@ -112,11 +115,11 @@ def eval(run: Path,                      # the run folder, or a published file
     from hidreamer.behave.agent import RandomAgent
     from hidreamer.evaluate.scores import evaluate, scores_json
     opened, cfg, agent = load(run)
+    saved = opened.checkpoint(); minutes = saved.training()["clock"]["minutes"]          # now: a run that still learns will soon have another
     mine = evaluate(agent, cfg.env, episodes, seed, greedy=greedy, cfg=cfg.atari)
     random = evaluate(RandomAgent(agent.world.actions), cfg.env, episodes, seed, cfg=cfg.atari)
-    saved = opened.checkpoint()
     path = opened.write_json("scores.json", scores_json(mine, random, environment_steps=saved.step, checkpoint=saved.path.name,
-                                                        wall_time=60 * saved.training()["clock"]["minutes"]))
+                                                        wall_time=60 * minutes))
     print(mine, random, path, sep="\n")
 
 def dream(run: Path,                     # the run folder, or a published file
@@ -170,9 +173,10 @@ def play(run: Path,                      # the run folder, or a published file
     from hidreamer.evaluate.dream import write_film
     opened, cfg, agent = load(run)
     game = one_game(agent, cfg, seed, max_steps)
-    frames = game.frames[0, :, -3:].permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
+    newest = game.frames[0, :, -1:].expand(-1, 3, -1, -1) if cfg.atari.grey else game.frames[0, :, -3:]          # of a stack
+    frames = newest.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
     path = write_film(list(frames), out or opened.path/"play.gif", fps)
-    print(f"{game.rewards.sum():g} points in {game.time - 1} steps", path, sep="\n")
+    print(f"{game.rewards[:, :-1].sum():g} points in {game.time - 1} steps", path, sep="\n")
 
 # %% ../nbs/80_cli.ipynb #cell-014
 def bench(what: Literal["all", "tokens", "attention", "moe", "imagination", "train", "growth", "roofline", "peers"] = "all",   # what to measure

@@ -124,8 +124,16 @@ class TrainConfig(Config):
         check(self.length * self.envs <= self.random_steps <= self.steps, "random_steps", self.random_steps,
               f"must lie between length x envs = {self.length * self.envs} and steps = {self.steps}")
         check(self.dream_batch % self.dream_repeat == 0, "dream_repeat", self.dream_repeat, f"must divide dream_batch={self.dream_batch}")
+        real = self.dream_batch // self.dream_repeat * (self.dream_context - 2)
+        check(not self.real or real >= self.ppo.minibatches, "ppo.minibatches", self.ppo.minibatches, f"is more than the {real} real states beside a batch",
+              "Raise --dream-batch or use --ppo.real 0.")
+        longest, rows = max(self.length, self.dream_context), self.replay.capacity // self.envs
+        check(rows >= longest, "replay.capacity", self.replay.capacity, f"holds {rows} steps of each of {self.envs} games, less than a segment of {longest}",
+              "Raise --replay.capacity.")
         check(not self.init or self.world in ("dreamer", "hdreamer"), "init", self.init, f"needs a world that can hold it, not {self.world}",
               "Use --world hdreamer.")
+        check(not (self.init and self.learner == "dreamer" and self.actor_critic.standardise), "actor_critic.standardise", True,
+              "is unknown to dreamerv3-torch checkpoints", "Use --actor-critic.no-standardise.")
         check(not (self.init and self.model.background), "model.background", True, "is unknown to dreamerv3-torch checkpoints", "Use --model.no-background.")
         side = getattr(self.model, "tokens", self.model)
         shape = (side.channels, side.size, side.size)
@@ -260,7 +268,7 @@ class Trainer:
             tqdm.write("Small operations stay apart (slower): torch.compile needs Triton, a C compiler (gcc, clang, what CC names) and Python's headers.")
         elif cfg.compile and self.device.type == "cuda":
             for w in {self.world, self.agent.world}: w.fuse()
-        self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0.)   # what was done so far
+        self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0., over=0.)   # what was done so far
         self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None
         self.unit = self.saving = 1.                     # seconds that a unit of work, and a checkpoint, may take
         last = self.run.latest()
@@ -534,8 +542,8 @@ class Trainer:
 
     def late(self) -> bool:
         "Is the time over that `max_minutes` allows, but for what another unit of work and a checkpoint may take?"
-        left = 60 * self.cfg.max_minutes - (time.time() - self.began)
-        return self.cfg.max_minutes > 0 and left < 2 * (self.unit + self.saving)
+        left, most = 60 * self.cfg.max_minutes - (time.time() - self.began), self.cfg.max_minutes
+        return 0 < most <= self.clock["over"] or most > 0 and left < 2 * (self.unit + self.saving)          # it was over before: it stays so
 
     def learn(self):
         "All the learning, with a progress bar; saves on the way, on Ctrl-C, on SIGTERM and before the time is over."
@@ -553,7 +561,9 @@ class Trainer:
                 if stop: break
                 if self.clock["steps"] >= saved + cfg.save_every or time.time() > when + 300:     # five minutes are the most to lose
                     self.save(); saved, when = self.clock["steps"], time.time()
-            if not stop: self.flush()                    # a run that goes on later must not have a row here
+            if not stop:
+                self.flush()                             # a run that goes on later must not have a row here
+                if self.late(): self.clock["over"] = cfg.max_minutes
             self.save()
             if stop:
                 raise KeyboardInterrupt(f"stopped by {stop.signal} at step {self.clock['steps']:,}; saved in {self.run.path}. "
@@ -708,6 +718,7 @@ def put_beside(world: nn.Module, kept: dict) -> None:
     "The inverse of `beside`."
     device, own = next(world.parameters()).device, beside(world)
     for name in own:
+        if isinstance(own[name], list) and name not in kept: continue      # a list that was needed for a while, and is done with
         module, _, k = name.rpartition("."); v = kept[name]
         if torch.is_tensor(own[name]): own[name].copy_(v)
         elif len({x.shape[1:] for x in v}) > 1: raise ValueError(f"{name} holds tensors of several shapes")

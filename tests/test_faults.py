@@ -261,6 +261,8 @@ def test_time_is_kept_for_saving(tmp_path, truth, monkeypatch):
     monkeypatch.setattr(Run, "save", lambda self, *a: (time.sleep(2), save(self, *a)))
     t = Trainer(cfg); t.learn(); t.close()
     assert time.time() - t.began < 21 and Run(cfg.folder).latest() is not None
+    again = Trainer(cfg); again.learn(); again.close()
+    assert again.clock["updates"] == t.clock["updates"]              # over is over
 
 
 def test_two_processes(tmp_path):

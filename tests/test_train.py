@@ -44,7 +44,7 @@ def test_looking(home, hidreamer):
     scores = json.loads((home / "scores.json").read_text())
     assert len(scores["returns"]) == 2 and scores["versions"]["torch"] and scores["hardware"]["cores"]
     hidreamer("dream", home, "--horizon", 10, check=0)
-    hidreamer("play", home, "--max-steps", 50, check=0)
+    assert " in 50 steps" in hidreamer("play", home, "--max-steps", 50, check=0).stdout
     hidreamer("report", home, check=0)
     for name in ("dream.gif", "play.gif", "report/index.html"): assert (home / name).stat().st_size > 1000, name
 
@@ -87,6 +87,8 @@ def test_damaged_checkpoints(home, tmp_path, hidreamer):
     (["--ppo.clip", "-1"], "clip"),
     (["--no-such-field", "1"], "no-such-field"),
     (["--world", "nowhere"], "hidreamer"),
+    (["--replay.capacity", "20"], "Raise --replay.capacity"),
+    (["--ppo.real", "1", "--ppo.minibatches", "9"], "real states"),
 ])
 def test_mistakes_before_anything_starts(tmp_path, hidreamer, options, said):
     preset = [] if "--preset" in options else ["--preset", "debug"]

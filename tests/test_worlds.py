@@ -2,8 +2,11 @@
 import json
 
 import pytest
+import torch
 
 from hidreamer.evaluate.imagined import main
+from hidreamer.train import beside, preset, put_beside
+from hidreamer.worlds.rssm import Dreamer
 
 
 @pytest.mark.parametrize("world, log", [("dreamer", "kl"), ("hdreamer", "kl"), ("shi", "kept_changed"), ("original-shi", "nll_changed")])
@@ -26,6 +29,15 @@ def where_things_are(folder, out):
     told = json.loads(out.read_text())["runs"]["run"]
     assert {r["thing"] for r in told["rows"]} == {"ball_x", "ball_y", "player_y", "enemy_y"}
     assert all(r["true"]["r2"] > max(.5, r["dream"]["r2"]) for r in told["rows"] if r["thing"] in ("player_y", "enemy_y"))      # it has learned nothing yet
+
+
+def test_a_scenery_that_is_known_is_restored():
+    "After 32 batches the frames that it was measured on are gone. They are not missed."
+    old, new = (Dreamer(preset("debug", "dreamer").model, 6) for _ in range(2))
+    some = lambda: torch.randint(0, 255, (2, 8, 3, 64, 64), dtype=torch.uint8)
+    for _ in range(33): old.scenery.learn(some())
+    put_beside(new, beside(old)); new.load_state_dict(old.state_dict()); new.scenery.learn(some())
+    assert torch.equal(new.scenery.median, old.scenery.median)
 
 
 def test_a_world_cannot_change_on_resume(tmp_path, hidreamer):

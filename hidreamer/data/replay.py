@@ -199,7 +199,7 @@ def sample(self: Replay, batch: int, length: int, generator: torch.Generator | N
         self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {key: [x.to(device) for x in self._where(*key[1:])]}
     every, *near = self._ends[key]
     near, width = [x for x in near if len(x)], self.rows - self.oldest
-    some = round(near_rewards * batch / len(near)) if near else 0
+    some = min(round(near_rewards * batch / len(near)), batch // len(near)) if near else 0
     def pick(x, n):
         if not recency: return x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
         place = torch.rand(n, generator=generator, device=x.device) ** (1 / (1 + recency))

@@ -234,10 +234,11 @@ def command(f: Folder) -> str:
     "The command that repeats this run; exact where the preset's own config can be looked up."
     words = [f"--{k} {f.config[k]}" for k in ("preset", "world", "env", "seed") if f.config.get(k) is not None]
     try:
-        from hidreamer.run import FREE, differences
+        from hidreamer.run import differences
         from hidreamer.train import preset
-        default = preset(f.config.get("preset") or "quick").to_dict()
-        changed = differences(json.loads(json.dumps(default)), f.config, (*FREE, "preset", "world", "env", "seed"))
+        default = preset(f.config.get("preset") or "quick", f.config.get("world") or "hidreamer").to_dict()
+        same = "preset", "world", "env", "seed", "run", "device", "threads", "save_every"          # said already, or of no account
+        changed = differences(json.loads(json.dumps(default)), f.config, same)
         check(all(new != "(absent)" for _, new in changed.values()), "config", "", "is of another version")
         words += [option(k, new) for k, (_, new) in changed.items()]
     except Exception: words.append("  # and the fields listed below")                       # an older run, or another kind of world

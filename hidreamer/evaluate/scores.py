@@ -134,7 +134,7 @@ def evaluate(agent, env: str, episodes: int = 100, seed: int = 0, num_envs: int 
     num_envs, game = num_envs or min(episodes, 16), env.removeprefix("ALE/").removesuffix("-v5")
     quota, cfg = quotas(episodes, num_envs), replace(cfg or EnvConfig(), life_loss=False)
     check(max_steps is None or max_steps >= 1, "max_steps", max_steps, "must be at least 1")
-    if max_steps: cfg = replace(cfg, time_limit=max_steps * cfg.skip)
+    if max_steps: cfg = replace(cfg, time_limit=max_steps * (1 if game == "Crafter" else cfg.skip))
     envs, began = make_envs(env, num_envs, seed=HELD_OUT_SEED + seed, cfg=cfg), time.perf_counter()
     try:
         with own_randomness(seed), tqdm(total=episodes, desc=f"evaluate {env}", unit="game", disable=not progress) as bar:
