@@ -89,9 +89,11 @@ def equivalence(name: str,                              # of the measure
     try:
         check(len(units) >= LEAST, "pairs", len(units), f"too few, {LEAST} are needed", "Train more seeds.")
         several = isinstance(ours, dict) and len({u[0] for u in units if isinstance(u, tuple)}) > 1
-        if several and per_game and not absolute: ours, theirs = relative(ours, theirs)
+        scaled = several and per_game and not absolute
+        if scaled: ours, theirs = relative(ours, theirs)
         said = dict(what=name, names=names)
-        out.tost = tost(ours, theirs, margin, absolute, **said)
+        out.tost = tost(ours, theirs, margin, absolute or scaled, **said)
+        if scaled: out.tost.share = margin                     # of each game's reference: means of different signs would cancel
         out.test = paired_t(ours, theirs, higher_is_better=higher_is_better, **said)
         out.spread = bootstrap_difference(ours, theirs, higher_is_better=higher_is_better, **said)
     except HidreamerError as e: out.tost, out.reason = None, str(e)

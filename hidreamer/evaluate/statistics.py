@@ -396,6 +396,7 @@ def spearman(a, b, threshold: float = .5, within: bool = False, alpha: float = .
     for name, x in (("a", a), ("b", b)): check(np.ptp(x) > 0, name, float(x[0]), "is the same in all units: no order to compare")
     r, p = map(float, spearmanr(a, b))
     inner = np.clip(r, -(bound := 1 - 12 / (n * (n * n - 1))), bound)            # a perfect order is as good as one swap away
+    if within: p = float(2 * student.sf(abs(inner) * np.sqrt((n - 2) / (1 - inner**2)), n - 2))              # the means that were taken off are known
     half = norm.ppf(1 - alpha / 2) * np.sqrt((1 + inner**2 / 2) / (n - 3))
     low, high = np.tanh(np.arctanh(inner) + np.array([-half, half]))
     return Agreement("Spearman's rho", what, tuple(names), len(a), games_in(units), r, (float(low), float(high)), 1 - alpha, threshold, p, alpha)

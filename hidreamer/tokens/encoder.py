@@ -79,7 +79,8 @@ class TokenizerConfig(Config):
         check(list(self.grids) == sorted(self.grids), "grid", self.grid, "must go from coarse to fine")
         check(self.size % self.fine == 0 and self.size >= 2 * self.fine, "grid", self.grid,
               f"must divide the frame's size ({self.size}) into cells of at least 2 pixels", "For 64 pixels take 1, 2, 4, 8 or 16.")
-        check(len(self.commitment) == self.levels, "commitment", self.commitment, f"needs one cost per level ({self.levels})")
+        check(len(self.commitment) == self.levels, "commitment", self.commitment, f"needs one cost per level ({self.levels})",
+              "Give no values to have the form's own (--model.tokens.commitment).")
         check(all(c >= 0 for c in self.commitment), "commitment", self.commitment, "must not be negative")
         check(0 in self.fits, "fits", self.fits, "must hold 0: the codebooks start from the first batch")
         check(0 <= self.ema < 1, "ema", self.ema, "must be in [0, 1)")

@@ -41,8 +41,8 @@ class FullHeads(nn.Module):
     def prior_weight(self) -> tuple[Float[Tensor, "z i"], Float[Tensor, "z"]]:
         "Weight over [x_img, z_top], and bias."
         return self.prior.weight, self.prior.bias
-    def delta_weight(self) -> tuple[Float[Tensor, "z i"], Float[Tensor, "z"]]:
-        "Weight over [x_obs, x_img, z_top], and bias."
+    def delta_weight(self, w: Float[Tensor, "z j"], b: Float[Tensor, "z"]) -> tuple[Float[Tensor, "z i"], Float[Tensor, "z"]]:
+        "Weight over [x_obs, x_img, z_top], and bias. `w`, `b`: the prior's, which these heads do not read."
         return self.delta.weight, self.delta.bias
     def fill(self, prior: nn.Linear, post: nn.Linear, top: int):
         "Say what a flat model's heads say of the bottom's rows."
@@ -63,8 +63,7 @@ class LightHeads(nn.Module):
         nn.init.zeros_(self.delta.weight); nn.init.zeros_(self.delta.bias)
 
     def prior_weight(self): return torch.cat([self.prior.weight, self.prior_top @ self.listen], 1), self.prior.bias
-    def delta_weight(self):
-        w, b = self.prior_weight()
+    def delta_weight(self, w, b):
         w, b = w * self.gain[:, None], b * self.gain
         w = w + torch.cat([torch.zeros_like(self.prior.weight), self.delta_top @ self.listen], 1)
         return torch.cat([self.delta.weight, w], 1), self.delta.bias + b
@@ -85,8 +84,9 @@ class HRSSM(RSSM):
 
     def post_weight(self) -> tuple[Float[Tensor, "z i"], Float[Tensor, "z"]]:
         "Weight over [x_obs, x_img, z_top] and bias of the bottom's posterior logits: prior + delta."
-        (w, b), (v, c) = self.bottom.prior_weight(), self.bottom.delta_weight()
+        w, b = self.bottom.prior_weight()
         if not self.cfg.prior_grad: w, b = w.detach(), b.detach()
+        v, c = self.bottom.delta_weight(w, b)
         return torch.cat([v[:, :-w.shape[1]], v[:, -w.shape[1]:] + w], 1), b + c
     def heard(self, x_img): return x_img if self.cfg.prior_grad else x_img.detach()
 

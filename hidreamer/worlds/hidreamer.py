@@ -52,6 +52,8 @@ class HiDreamerConfig(Config):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("head_blocks", "halves", "changes", "pixels", "shift", "contrast", "contrast_weight"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
+        check(self.tokens.backgrounds == 1, "tokens.backgrounds", self.tokens.backgrounds, "is for a tokenizer alone: a world keeps one",
+              "Use --model.tokens.backgrounds 1.")
         check(self.halves <= self.tokens.levels, "halves", self.halves, f"must not exceed the number of levels, {self.tokens.levels}", "Lower --model.halves.")
         places = self.tokens.fine ** 2
         check(self.changes <= places, "changes", self.changes, f"must not exceed the number of places, {places}", "Lower --model.changes.")
@@ -639,7 +641,7 @@ def token_accuracy(world: HiDreamer, episodes: list[Segment], length: int = 16, 
     beside copying the previous token. Rows of numbers; `most` windows of `length` steps, spread over the episodes."""
     windows = [e[:, i:i + length] for e in episodes for i in range(0, e.time - length + 1, length)]
     check(bool(windows), "episodes", [e.time for e in episodes], f"must hold at least one of {length} steps")
-    windows = windows[::max(1, len(windows) // most)][:most]
+    windows = windows[::-(-len(windows) // most)]
     was, sums = world.training, [dict(n=0, changed=0, right=0, right_changed=0, nats=0., nats_changed=0.) for _ in world.sizes]
     world.eval()
     for i in range(0, len(windows), batch):

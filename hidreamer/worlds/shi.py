@@ -61,6 +61,8 @@ class SHIConfig(Config):
         check(0 < self.temperature <= 2, "temperature", self.temperature, "must be in (0, 2]")
         check(self.unroll >= 0, "unroll", self.unroll, "must not be negative", "0 switches it off.")
         check(all(t >= 1 for t in self.rollout), "rollout", self.rollout, "must be steps ahead, 1 or more")
+        check(self.tokens.backgrounds == 1, "tokens.backgrounds", self.tokens.backgrounds, "is for a tokenizer alone: a world keeps one",
+              "Use --model.tokens.backgrounds 1.")
         check(len(set(self.tokens.grids)) == 1, "tokens.grid", self.tokens.grid, "must be the same for all levels of codes")
         return super().check()
 
@@ -147,7 +149,7 @@ class Causes(nn.Module):
         y, gates = self(e, action)
         n = self.places
         tokens = (self.change(y[:, :n]).float() - change).square().mean() / change.square().mean().clamp(min=1e-4)
-        who = F.cross_entropy(self.who(y[:, n + 1]).float(), before, ignore_index=-1)
+        who = F.cross_entropy(self.who(y[:, n + 1]).float(), before, ignore_index=-1, reduction="sum") / (before >= 0).sum().clamp(min=1)
         return tokens + who + self.twohot.loss(self.reward(y[:, n + 2]), reward).mean(), gates
 
 # %% ../../nbs/42_worlds.shi.ipynb #6afb0717
@@ -308,6 +310,7 @@ class TokenTraining(TokenNet):
     def unroll_loss(self, codes, e, seg):
         "From some frames imagine on, with true actions and expected codes: pixels `rollout` steps later, weighted as in the tokenizer."
         h, b = self.cfg.history, min(self.cfg.unroll, len(e))
+        if seg.time <= h: return e.new_zeros(()), {}                        # too short to begin anywhere
         past, now, gate, total, logs = e[:b, :h], codes[:b, h - 1], None, 0., {}
         z = self.tokenizer.embed(now.flatten(1))
         for t in range(1, max((t for t in self.cfg.rollout if h - 1 + t < seg.time), default=0) + 1):
@@ -401,7 +404,7 @@ class TokenWorld(TokenTraining):
     def diagnose(self, episodes, length: int = 16, most: int = 24):
         "Sparsity in both forms, how many of the changing places are imagined, and nats; on windows of held-out episodes."
         windows = [e[:, i:i + length] for e in episodes for i in range(0, e.time - length + 1, length)]
-        windows = windows[::max(1, len(windows) // most)][:most]
+        windows = windows[::-(-len(windows) // most)]
         rows = [self.figures(*self.look(w.to(self.updates.device))) for w in windows]
         return {k: torch.stack([r[k] for r in rows]).mean(0).tolist() for k in rows[0]}
 
@@ -544,6 +547,7 @@ class OriginalSHI(TokenWorld):
         worth = p @ torch.linspace(1, 0, p.shape[-1], device=p.device)
         worth = worth + 1e-4 * torch.rand_like(worth)                       # equal ones: by lot
         cut = worth.detach().sort(-1, descending=True).values[:, self.kept_places - 1:self.kept_places + 1].mean(-1, keepdim=True)
+        if self.kept_places == worth.shape[-1]: cut = cut - 1               # all of them
         logit = 20 * (worth - cut)
         gate = straight(logit, False) if self.tuning and self.training else (logit > 0).float()
         return p, Gates(gate, logit)
