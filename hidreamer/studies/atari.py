@@ -581,13 +581,13 @@ def main(arguments: list[str] | None = None) -> None:
     "`python -m hidreamer.studies.atari look|scores RUN... --out FILE`; `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(required=True)
-    def kind(name: str, f: Callable, text: str, what: str = "run") -> argparse.ArgumentParser:
-        "A command that calls `f`; its options are the parameters of `f`."
+    def kind(name: str, f: Callable, text: str, what: str = "run", **several) -> argparse.ArgumentParser:
+        "A command that calls `f`; its options are the parameters of `f`, the first one `what`: a run, or `several` of something."
         k = kinds.add_parser(name, help=text); k.set_defaults(f=f); k.add_argument("--out", type=Path, required=True)
-        k.add_argument(what, type=str if what == "games" else Path, nargs=None if what == "run" else "+"); return k
-    look = kind("look", look_at, "what finished runs show", "runs")
+        k.add_argument(what, **dict(type=Path) | several); return k
+    look = kind("look", look_at, "what finished runs show", "runs", nargs="+")
     look.add_argument("--temperatures", type=float, nargs="+", default=[1., .7, .5, .3, .1])
-    kind("scores", scores_of, "what runs have played, of any games", "runs")
+    kind("scores", scores_of, "what runs have played, of any games", "runs", nargs="+")
     design = kind("ablate", ablate, "the same codes and batches for other designs")
     design.add_argument("--frames", type=int, default=40_000)
     design.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
@@ -599,7 +599,7 @@ def main(arguments: list[str] | None = None) -> None:
     paddles = kind("hits", hits, "what a run's world knows of the ball at the paddles")
     new = kind("policies", policies, "new policies in the world of a run")
     new.add_argument("--players", nargs="+", default=list(PLAYERS)); new.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each")
-    free = kind("free", compare_model_free, "PPO without a world model, of Stable-Baselines3, in the same games", "games")
+    free = kind("free", compare_model_free, "PPO without a world model, of Stable-Baselines3, in the same games", "games", type=str, nargs="+")
     free.add_argument("--at", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
     for k, arms, updates in ((design, list(ARMS), 1500), (mean, ["as it is"], 1500), (heart, ["as it is", "state dropout"], 1200)):
         k.add_argument("--arms", nargs="*" if k is heart else "+", default=arms); k.add_argument("--updates", type=int, default=updates)
