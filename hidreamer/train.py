@@ -169,13 +169,13 @@ def cpu() -> TrainConfig:
 
 def atari100k() -> TrainConfig:
     "One GPU: 100,000 steps, which should take about nine minutes."
-    net = TransformerConfig(layers=5, experts=(1, 1, 2, 4, 4), context=32, dropout=.1)
+    net = TransformerConfig(layers=5, experts=(1, 2, 8, 8, 8), mlp=2., dropout=.1)
     return TrainConfig(preset="atari100k", record=True, envs=32, steps=100_000, random_steps=8_000, warm_up=2_000, world_warm_up=1_500,
                        batch=16, length=32, replay_ratio=64., dream_ratio=128., dream_batch=1024, dream_context=16, near_rewards=.3, tokens_lr=1e-3,
                        ema=.995, episodes=100, save_every=50_000,
                        ppo=PPOConfig(epochs=2, minibatches=8, lr=1e-3, return_norm=False, target_kl=0., real=1.),
-                       model=HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2, codes=128), temperature=.5, transformer=net, head_width=128,
-                                             head_blocks=3, halves=3, changes=24, pixels=48, shift=4, state_dropout=.3, judge_sees=VIEWS, policy_sees=VIEWS))
+                       model=HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2), temperature=.5, transformer=net, halves=3, changes=24,
+                                             judge_sees=VIEWS, policy_sees=VIEWS))
 
 def debug() -> TrainConfig:
     "Everything once, in seconds: for tests."
@@ -669,7 +669,8 @@ def experienced(world: HiDreamer, seg: Segment) -> tuple[Any, Experience]:
 def make_parts(cfg: TrainConfig, actions: int) -> tuple[WorldModel, nn.Module]:
     "World and policy as `cfg` describes them, untrained."
     world = WORLDS[cfg.world][1](cfg.model, actions)
-    return world, LEARNERS[cfg.learner][0](world.feature_dim, actions, cfg.ppo if cfg.learner == "ppo" else cfg.actor_critic)
+    if cfg.learner == "ppo": return world, Policy(world.feature_dim, actions, cfg.ppo, world.feature_block)
+    return world, ActorCriticPolicy(world.feature_dim, actions, cfg.actor_critic)
 
 @torch.no_grad()
 def follow(mean: WorldModel, world: WorldModel, ema: float, updates: float) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .imagine import Experience, Rollout
 from ..core import Config, check, typed
 from ..device import at_home
+from ..nets.unusual import Unusual, through, unusual
 from ..worlds.base import TwoHot, mlp
 
 # %% ../../nbs/51_behave.ppo.ipynb #cell-006
@@ -68,24 +69,27 @@ class Standardise(nn.Module):
         self.register_buffer("mean", torch.zeros(dim)); self.register_buffer("var", torch.ones(dim))
         self.register_buffer("count", torch.zeros((), dtype=torch.long))
 
-    def forward(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:
+    def forward(self, x: Float[Tensor, "... d"] | Unusual) -> Float[Tensor, "... d"] | Unusual:
         std = torch.maximum(self.var, 0.01 * self.var.mean()).clamp(min=1e-8).sqrt()
-        return ((x - self.mean) / std).clamp(-10, 10)
+        standard = lambda x, mean, std: ((x - mean) / std).clamp(-10, 10)
+        return x.map(standard, self.mean, std) if isinstance(x, Unusual) else standard(x, self.mean, std)
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "... d"]):
+    def update(self, x: Float[Tensor, "... d"] | Unusual):
         "Take a batch into the running mean and variance."
-        s, x = share(self.count), x.flatten(0, -2).float()
-        var, mean = torch.var_mean(x, 0, correction=0)
+        s = share(self.count)
+        if isinstance(x, Unusual): mean, var = x.moments()
+        else: var, mean = torch.var_mean(x.flatten(0, -2).float(), 0, correction=0)
         self.var.copy_((1 - s) * (self.var + s * (mean - self.mean) ** 2) + s * var)
         self.mean.lerp_(mean, s); self.count += 1
 
 # %% ../../nbs/51_behave.ppo.ipynb #cell-018
 class Policy(nn.Module):
-    "Actor and critic, two separate MLPs on a world's standardised features."
-    def __init__(self, feature_dim: int, actions: int, cfg: PPOConfig | None = None):
+    """Actor and critic, two separate MLPs on a world's standardised features. `block`: features come in blocks of so many numbers, of which
+    most are often as usual (`WorldModel.feature_block`); 0: they do not."""
+    def __init__(self, feature_dim: int, actions: int, cfg: PPOConfig | None = None, block: int = 0):
         super().__init__()
-        self.cfg, self.actions = cfg or PPOConfig(), actions
+        self.cfg, self.actions, self.block = cfg or PPOConfig(), actions, block
         sizes = [feature_dim] + [self.cfg.hidden] * self.cfg.layers
         self.norm, self.twohot = Standardise(feature_dim), TwoHot()
         self.actor = mlp(sizes + [actions], out_scale=0.01)
@@ -94,15 +98,20 @@ class Policy(nn.Module):
 
     def forward(self, features: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n a"], Float[Tensor, "*n"]]:
         "Log-probabilities of the actions, and the expected return in the reward's unit. float32, under autocast too."
-        logp, bins = self.heads(features)
-        return logp, self.twohot.mean(bins)
+        lead = features.shape[:-1]
+        logp, bins = self.heads(self.seen(features.flatten(0, -2)))
+        return logp.unflatten(0, lead), self.twohot.mean(bins).unflatten(0, lead)
 
-    def heads(self, features: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n a"], Float[Tensor, "*n q"]]:
+    def seen(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"] | Unusual:
+        "The features, as what is unusual in them where that is faster."
+        with torch.autocast(features.device.type, enabled=False): return unusual(features.float(), self.block)
+
+    def heads(self, features: Float[Tensor, "n d"] | Unusual) -> tuple[Float[Tensor, "n a"], Float[Tensor, "n q"]]:
         "Log-probabilities of the actions, and the logits of the critic's bins."
-        with torch.autocast(features.device.type, enabled=False):   # bf16 would blur the ratio of new to old probability
-            x = self.norm(features.float())
-            p = self.actor(x).softmax(-1) * (1 - self.cfg.unimix) + self.cfg.unimix / self.actions
-            return p.log(), self.critic(x)
+        with torch.autocast(self.norm.mean.device.type, enabled=False):   # bf16 would blur the ratio of new to old probability
+            x = self.norm(features)
+            p = through(self.actor, x).softmax(-1) * (1 - self.cfg.unimix) + self.cfg.unimix / self.actions
+            return p.log(), through(self.critic, x)
 
 # %% ../../nbs/51_behave.ppo.ipynb #cell-021
 class PPO:
@@ -129,15 +138,15 @@ class PPO:
         targets = adv + r.values[:-1]
         scale, centre = self.measure(targets.where(r.weights >= 0.5, torch.nan)), 0.
         if not cfg.return_norm: centre = mean(adv); scale = mean((adv - centre) ** 2).sqrt().clamp(min=1e-6)
-        flat = [x.flatten(0, 1) for x in (r.features[:-1], r.actions, r.logp, (adv - centre) / scale, targets, w)]
+        flat = [self.policy.seen(r.features[:-1].flatten(0, 1)), *(x.flatten(0, 1) for x in (r.actions, r.logp, (adv - centre) / scale, targets, w))]
         logs, n, shuffled = [], len(flat[0]), lambda n: torch.randperm(n) if at_home(w) else torch.rand(n, device=w.device).argsort()
-        true = [] if real is None else [x.flatten(0, 1) for x in self.judged(real)]
+        true = [] if real is None else self.judged(real)
         for _ in range(cfg.epochs):
             order = shuffled(n).chunk(cfg.minibatches)
             others = shuffled(len(true[0])).tensor_split(len(order)) if true else [None] * len(order)
             logs.append([self.minibatch(*(x[i] for x in flat), *(x[j] for x in true)) for i, j in zip(order, others)])
             if cfg.target_kl and torch.stack([log["kl"] for log in logs[-1]]).mean() > cfg.target_kl: break
-        self.policy.norm.update(r.features[:-1])
+        self.policy.norm.update(flat[0])
         steps = sum(logs, [])
         spread = mean((targets - mean(targets)) ** 2)
         explained = (1 - mean((adv - mean(adv)) ** 2) / spread).clamp(min=-1.).where(spread > 1e-8, 0.)
@@ -145,10 +154,11 @@ class PPO:
             reward=r.returns.mean(), value=mean(r.values[:-1]), scale=scale, steps=torch.full_like(scale, len(steps)), explained=explained)
 
     @torch.no_grad()
-    def judged(self, real: Experience) -> tuple[Float[Tensor, "t b d"], Float[Tensor, "t b"]]:
+    def judged(self, real: Experience) -> tuple[Float[Tensor, "n d"] | Unusual, Float[Tensor, "n"]]:
         "Features of real states, and the returns that the critic should have expected there: lambda-returns that end in its own guess."
         values = self.policy(real.features)[1]
-        return real.features[:-1], gae(real.rewards, values, real.conts, self.cfg.gamma, self.cfg.lam) + values[:-1]
+        returns = gae(real.rewards, values, real.conts, self.cfg.gamma, self.cfg.lam) + values[:-1]
+        return self.policy.seen(real.features[:-1].flatten(0, 1)), returns.flatten()
 
     def measure(self, returns: Float[Tensor, "t b"]) -> Float[Tensor, ""]:
         "Take the 5-95% range of `returns`, those that are NaN left out, into its running mean; that, or 1 if it is less. Source: DreamerV3, eq. 7."

@@ -63,7 +63,7 @@ def hidreamer(folder: Path, preset: str) -> Arm:
     from hidreamer.train import preset as named
     from hidreamer.worlds.hidreamer import HiDreamer
     cfg, device = named(preset).model, torch.device("cpu")
-    world = HiDreamer(cfg, ACTIONS); policy = Policy(world.feature_dim, ACTIONS)
+    world = HiDreamer(cfg, ACTIONS); policy = Policy(world.feature_dim, ACTIONS, block=world.feature_block)
     def dream(batch: int, horizon: int):
         world.eval()
         with torch.no_grad(), cast():

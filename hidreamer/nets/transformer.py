@@ -301,7 +301,7 @@ class Transformer(Stack):
         return self.run(self.tokens(x, F.pad(actions, (0, 1))), t, keep), cache
 
     def push(self, x, cache, acting, fused):
-        "Tokens of the present step (b m d) through all blocks."
+        "Tokens of the present step (b m d) through all blocks; the output of the last of them (b d). Of the others nothing is asked but what the memory takes."
         cos, sin = self.angles(cache.step, 1, 1, x.device)
         bias = {w: visible(cache, w, acting) for w in {self.cfg.context_of(i) for i in range(self.cfg.layers)}}
         x = x + (self.slot[-1:] if acting else self.slot[:-1])
@@ -309,18 +309,20 @@ class Transformer(Stack):
         for i, block in enumerate(self.blocks):
             q, k, v = begin(block, x, cos, sin)
             cache.write(i, k, v, acting)
-            x = look(block, x, q, cache.keys[i], cache.values[i], bias[self.cfg.context_of(i)])
-        return self.norm(x)
+            mask = bias[self.cfg.context_of(i)]
+            if i + 1 == self.cfg.layers: x, q, mask = x[:, -1:], q[:, :, -1:], mask[:, :, -1:]
+            x = look(block, x, q, cache.keys[i], cache.values[i], mask)
+        return self.norm(x[:, 0])
 
     @torch.no_grad()
     def act(self, actions: Int[Tensor, "b"], cache: Cache, fused: bool = False) -> Float[Tensor, "b d"]:
         "Take the present step's action; the output predicts what follows. Changes `cache` in place. `fused`: with the parts that `fuse` made."
         check(cache.counted_there or cache.step >= 0, "cache.step", cache.step, "nothing was seen yet", "Call `see` first.")
-        return self.push(self.action(actions).unsqueeze(1), cache, True, fused)[:, 0]
+        return self.push(self.action(actions).unsqueeze(1), cache, True, fused)
 
     @torch.no_grad()
-    def see(self, x: Float[Tensor, "b m d"], cache: Cache, fused: bool = False) -> Float[Tensor, "b m d"]:
-        "The next step's level tokens, all at once. Changes `cache` in place."
+    def see(self, x: Float[Tensor, "b m d"], cache: Cache, fused: bool = False) -> Float[Tensor, "b d"]:
+        "The next step's level tokens, all at once; the output at the last level, which has seen them all. Changes `cache` in place."
         cache.step += 1
         return self.push(x, cache, False, fused)
 

@@ -376,7 +376,7 @@ def practise(base: HiDreamer, cfg: TrainConfig, replay: Replay, player: str, see
     world.cfg = replace(base.cfg, policy_sees=change.get("policy_sees", base.cfg.policy_sees)).check()
     ppo = replace(cfg.ppo, **{f.name: change[f.name] for f in fields(PPOConfig) if f.name in change}).check()
     horizon, batch = change.get("horizon", cfg.horizon), change.get("dream_batch", cfg.dream_batch)
-    agent = Agent(world, Policy(world.feature_dim, world.actions, ppo), "cpu", cfg.precision, seed)
+    agent = Agent(world, Policy(world.feature_dim, world.actions, ppo, world.feature_block), "cpu", cfg.precision, seed)
     learner, each, paid = PPO(agent.policy, ppo), batch * horizon, []
     for i in tqdm(range(max(1, round(dreamed / each))), desc=f"{player}, seed {seed}", unit="batch", mininterval=1):
         sample = lambda near: replay.sample(max(1, batch // cfg.dream_repeat), cfg.dream_context, generator, near, 2 * horizon)

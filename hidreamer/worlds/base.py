@@ -25,9 +25,11 @@ class Step:
     cont: Float[Tensor, "b"]        # probability in [0, 1] that the episode goes on
 
 class WorldModel(nn.Module):
-    "What every world can be asked. `actions`: size of the action set; `feature_dim`: width of `features`."
+    """What every world can be asked. `actions`: size of the action set; `feature_dim`: width of `features`; `feature_block`: they come in blocks of
+    so many numbers, of which most are often as usual (0: they do not)."""
     actions: int
     feature_dim: int
+    feature_block: int = 0
 
     def loss(self, seg: Segment) -> tuple[Tensor, dict[str, Tensor]]:
         "One scalar to minimise, and what to log."
