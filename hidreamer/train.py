@@ -168,7 +168,7 @@ def cpu() -> TrainConfig:
                        ppo=PPOConfig(epochs=2, minibatches=8, lr=1e-3, return_norm=False, real=1.))
 
 def atari100k() -> TrainConfig:
-    "One GPU: 100,000 steps, which should take about nine minutes."
+    "One GPU, 100,000 steps: what wins on a CPU, in a larger world. Not yet run on one."
     net = TransformerConfig(layers=5, experts=(1, 2, 8, 8, 8), mlp=2., dropout=.1)
     return TrainConfig(preset="atari100k", record=True, envs=32, steps=100_000, random_steps=8_000, warm_up=2_000, world_warm_up=1_500,
                        batch=16, length=32, replay_ratio=64., dream_ratio=128., dream_batch=1024, dream_context=16, near_rewards=.3, tokens_lr=1e-3,
@@ -669,8 +669,8 @@ def experienced(world: HiDreamer, seg: Segment) -> tuple[Any, Experience]:
 def make_parts(cfg: TrainConfig, actions: int) -> tuple[WorldModel, nn.Module]:
     "World and policy as `cfg` describes them, untrained."
     world = WORLDS[cfg.world][1](cfg.model, actions)
-    if cfg.learner == "ppo": return world, Policy(world.feature_dim, actions, cfg.ppo, world.feature_block)
-    return world, ActorCriticPolicy(world.feature_dim, actions, cfg.actor_critic)
+    settings = (cfg.ppo, world.feature_block) if cfg.learner == "ppo" else (cfg.actor_critic,)
+    return world, LEARNERS[cfg.learner][0](world.feature_dim, actions, *settings)
 
 @torch.no_grad()
 def follow(mean: WorldModel, world: WorldModel, ema: float, updates: float) -> None:

@@ -99,8 +99,8 @@ class Policy(nn.Module):
     def forward(self, features: Float[Tensor, "*n d"]) -> tuple[Float[Tensor, "*n a"], Float[Tensor, "*n"]]:
         "Log-probabilities of the actions, and the expected return in the reward's unit. float32, under autocast too."
         lead = features.shape[:-1]
-        logp, bins = self.heads(self.seen(features.flatten(0, -2)))
-        return logp.unflatten(0, lead), self.twohot.mean(bins).unflatten(0, lead)
+        logp, bins = self.heads(self.seen(features.reshape(-1, features.shape[-1])))
+        return logp.reshape(*lead, -1), self.twohot.mean(bins).reshape(lead)
 
     def seen(self, features: Float[Tensor, "n d"]) -> Float[Tensor, "n d"] | Unusual:
         "The features, as what is unusual in them where that is faster."
@@ -167,7 +167,7 @@ class PPO:
         return self.range.clamp(min=1.)
 
     def minibatch(self, features, actions, old, adv, targets, w, seen=None, returns=None) -> dict[str, Tensor]:
-        "One optimiser step on rows (n ...) of a rollout; and on real states `seen` (m d) with their `returns` (m)."
+        "One optimiser step on rows (n ...) of a rollout; and on real states `seen` (m d) with their `returns` (m). States may be `Unusual`."
         cfg, (logp, bins) = self.cfg, self.policy.heads(features)
         new = logp.gather(-1, actions[:, None])[:, 0]
         ratio = (new - old).exp()

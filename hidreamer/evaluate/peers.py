@@ -276,7 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
     began, arms = time.time(), start(args.peers, args.arms, args.precision, args.adapters)
     facts = {n: a.facts | dict(precision=args.precision) | (origin(args.peers/ARMS[n][1].split("/")[0]) if ARMS[n][1] else {}) for n, a in arms.items()}
     said = provenance() | dict(command="python -m hidreamer.evaluate.peers " + " ".join(arguments))
-    out = dict(provenance=said, machine=machine(torch.device("cpu")) | dict(python=platform.python_version(), precision=args.precision, threads=1), arms=facts, results=[])
+    where = machine(torch.device("cpu")) | dict(python=platform.python_version(), precision=args.precision, threads=1)
+    out = dict(provenance=said, machine=where, arms=facts, results=[])
     for r in cases(arms, args.batches, args.repeats, args.least, not args.no_train):
         out["results"].append(r); out["minutes"] = round((time.time() - began) / 60, 1)
         args.out.write_text(json.dumps(out, indent=1)); print(json.dumps(r), flush=True)

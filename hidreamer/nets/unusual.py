@@ -26,8 +26,9 @@ class Unusual:
     def of(cls, x: Float[Tensor, "n f"], width: int) -> "Unusual":
         "`x`, in blocks of `width` numbers (an even number)."
         x = x.unflatten(-1, (-1, width)).contiguous()
-        usual = x[::-(-len(x) // 64)].median(0).values
-        bits = lambda x: x.view(torch.int64)                             # two numbers at a time
+        if x.storage_offset() % 2: x = x.clone()                         # two numbers at a time begin at an even place
+        usual = x[::-(-len(x) // 64)].nanmedian(0).values                # a row that is not finite must spoil itself alone
+        bits = lambda x: x.view(torch.int64)
         blocks, rows = (bits(x) != bits(usual)).any(-1).t().nonzero(as_tuple=True)
         return cls(len(x), usual, rows, blocks, x.flatten(0, 1).index_select(0, rows * len(usual) + blocks))
 

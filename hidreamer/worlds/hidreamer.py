@@ -116,8 +116,8 @@ class Nearby:
     def told(self, net: nn.Linear, said: Float[Tensor, "m e"], some: Int[Tensor, "s"]) -> Float[Tensor, "s 9 d"]:
         "What stands around the rows `some` once `net` has written there what tellers said, and its bias everywhere."
         new = F.pad(F.linear(said, net.weight), (0, 0, 0, 1)).to(self.seen.dtype)                                        # the last one says nothing
-        who = self.who[some]
-        return self.seen[some] + self.inside[some] * net.bias.to(new.dtype) + new.index_select(0, who.flatten()).unflatten(0, who.shape)
+        seen, inside, who = (v.index_select(0, some) for v in (self.seen, self.inside, self.who))
+        return seen + inside * net.bias.to(new.dtype) + new.index_select(0, who.flatten()).unflatten(0, who.shape)
 
 class CodeTable(nn.Module):
     """A vector for every code: a linear map of the codebook's own vectors, plus a learned part that begins at zero.
@@ -249,7 +249,7 @@ class CodeHead(nn.Module):
 
     def read_few(self, i: int, near: Nearby, said: Float[Tensor, "m e"] | None, some: Int[Tensor, "s"]) -> Float[Tensor, "s d"]:
         "`tell` and `read` at the rows `some` alone; `said`: what the tellers of `near` have said so far."
-        return self.norm[i](self.level[i].few(near.seen[some] if said is None else near.told(self.told[i - 1], said, some)))
+        return self.norm[i](self.level[i].few(near.seen.index_select(0, some) if said is None else near.told(self.told[i - 1], said, some)))
 
     def logits(self, l: int, y: Float[Tensor, "... d"], codebook: Float[Tensor, "c e"]) -> Float[Tensor, "... c"]:
         "Logits of level `l` from what `read` made of its positions."
@@ -459,18 +459,18 @@ class HiDreamer(WorldModel):
 
     def taught_few(self, x: Float[Tensor, "n h w d"], new: list[Float[Tensor, "n k e"]], changed: Bool[Tensor, "n k"], rows: Int[Tensor, "r"]) -> list[Tensor]:
         "`taught` at the places `rows` alone (r c)."
-        tellers = self.few(changed.flatten())
+        tellers = self.where(changed.flatten())
         near, on, at, seen, said = Nearby(x, rows, tellers), changed.flatten()[tellers], rows % changed.shape[1], [0.] * len(new), None
         for i, l in enumerate(self.head.passes):
             mine = self.head.mine(i)
-            some = self.few(mine[at])
+            some = self.where(mine[at])
             z = self.head.read_few(i, near, said, some)
             seen[l] = seen[l] + z.new_zeros(len(rows), z.shape[1]).index_copy(0, some, z * mine[at[some], None])
-            part = new[l].flatten(0, 1)[tellers] * (on & mine[tellers % len(mine)])[:, None]
+            part = new[l].flatten(0, 1).index_select(0, tellers) * (on & mine[tellers % len(mine)])[:, None]
             said = part if said is None else said + part
         return [self.logits(l, z).float() for l, z in enumerate(seen)]
 
-    def few(self, mask: Bool[Tensor, "n"]) -> Int[Tensor, "m"]:
+    def where(self, mask: Bool[Tensor, "n"]) -> Int[Tensor, "m"]:
         "Where `mask` is true. A GPU, which must not wait for their number, takes all places; then others than these must come to nothing."
         return mask.nonzero()[:, 0] if at_home(mask) else torch.arange(len(mask), device=mask.device)
 
@@ -598,14 +598,14 @@ class HiDreamer(WorldModel):
             said = m if said is None else said + m
         return codes
 
-    def paint_few(self, x, now, codes, levels):
-        "`paint` at those places alone that change."
+    def paint_few(self, x: Float[Tensor, "b h w d"], now: Float[Tensor, "b k e"], codes: Int[Tensor, "b n"], levels: tuple[Int[Tensor, "b k"], ...]):
+        "`paint` at those places alone that change. `levels`: the parts of `codes`, which is written to and returned."
         logits, changed = self.head.gate(x, None)
         rows, some, changed = self.choose(logits.sigmoid(), changed)
         near, k, said = Nearby(self.head.settle(x, now, changed), rows, rows), changed.shape[1], None
         for i, l in enumerate(self.head.passes):
             mine = some & self.head.mine(i)[rows % k]
-            few = self.few(mine)
+            few = self.where(mine)
             frame, place, mine = rows[few].div(k, rounding_mode="floor"), rows[few] % k, mine[few]
             drawn = draw(self.logits(l, self.head.read_few(i, near, said, few)), self.cfg.temperature).where(mine, levels[l][frame, place])
             levels[l][frame, place] = drawn
