@@ -25,12 +25,10 @@ def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
 
 
 def where_things_are(folder, out):
-    main([str(folder), "--out", str(out), "--steps", "2000", "--starts", "16"])
+    main([str(folder), "--out", str(out), "--steps", "3000", "--starts", "64"])
     told = json.loads(out.read_text())["runs"]["run"]
     assert {r["thing"] for r in told["rows"]} == {"ball_x", "ball_y", "player_y", "enemy_y"}
-    paddles = [(r["true"]["r2"], r["dream"]["r2"]) for r in told["rows"] if r["thing"] in ("player_y", "enemy_y")]
-    assert all(true > dream for true, dream in paddles)                # the world has learned nothing yet
-    assert sum(true for true, _ in paddles) > .5 * len(paddles)        # the reader has; of 16 frames one that is misread costs a row half of its R2
+    assert all(r["true"]["r2"] > max(.5, r["dream"]["r2"]) for r in told["rows"] if r["thing"] in ("player_y", "enemy_y"))      # it has learned nothing yet
 
 
 def test_a_scenery_that_is_known_is_restored():
