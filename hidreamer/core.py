@@ -59,6 +59,7 @@ def fits(value, kind) -> bool:
 @dataclass
 class Config:
     "Base of all configs: `check()` validates, `to_dict`/`from_dict` round-trip through JSON."
+    gone: typing.ClassVar[dict] = {}        # fields that earlier versions had, and the values at which they did nothing
 
     def check(self) -> "Config":
         "Validate this config and those nested in it; returns itself, raises `HidreamerError`."
@@ -72,11 +73,17 @@ class Config:
 
     @classmethod
     def from_dict(cls, d: dict) -> "Config":
-        "The inverse of `to_dict`. An unknown key raises `HidreamerError` and names the nearest field; so does a value of another type."
+        """The inverse of `to_dict`. An unknown key raises `HidreamerError` and names the nearest field; so does a value of another type.
+
+        What is `gone` is passed over where it did nothing, and otherwise an error, too."""
         check(isinstance(d, dict), cls.__name__, type(d).__name__, "must be a dictionary of fields")
         known, out, default = {f.name for f in fields(cls)}, {}, cls()
         kinds = typing.get_type_hints(cls)
         for key, value in d.items():
+            if key in cls.gone:
+                check(value == cls.gone[key], f"{cls.__name__}.{key}", reprlib.repr(value), "is no longer part of hidreamer",
+                      "Use the version that made this file.")
+                continue
             if key not in known:
                 raise HidreamerError(f"{cls.__name__} has no field {str(key)[:60]!r}. Nearest: {nearest(str(key)[:60], known)}. "
                                      "Another version of hidreamer may have had it.")

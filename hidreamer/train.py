@@ -17,7 +17,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 import numpy as np
 import safetensors.torch
 import torch
@@ -84,7 +84,6 @@ class TrainConfig(Config):
     dream_repeat: int = 4           # dreams from the same context
     horizon: int = 15               # imagined steps per dream
     near_rewards: float = 0.        # share of segments with a reward, and of dreams that begin within two horizons before one: half gains, half losses
-    recency: float = 0.             # the latest segments, for the world and for dreams, are drawn 1 + recency times as often as the average one; 0: all alike
     lr: float = 1e-3                # AdamW, world
     tokens_lr: float = 2e-3         # AdamW, tokenizer
     beta2: float = 0.98             # AdamW
@@ -101,6 +100,7 @@ class TrainConfig(Config):
     actor_critic: ActorCriticConfig = field(default_factory=ActorCriticConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     atari: EnvConfig = field(default_factory=EnvConfig)
+    gone: ClassVar[dict] = dict(recency=0.)
 
     def check(self):
         for name, known in (("world", WORLDS), ("preset", PRESETS), ("learner", LEARNERS)):
@@ -112,7 +112,7 @@ class TrainConfig(Config):
         for name in ("steps", "envs", "block", "batch", "dream_batch", "dream_context", "dream_repeat", "horizon", "save_every", "episodes"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("envs", "threads"): check(getattr(self, name) <= 4096, name, getattr(self, name), "must be at most 4096")
-        for name in ("warm_up", "world_warm_up", "tokens_until", "recency", "replay_ratio", "dream_ratio", "max_minutes", "threads", "seed", "weight_decay"):
+        for name in ("warm_up", "world_warm_up", "tokens_until", "replay_ratio", "dream_ratio", "max_minutes", "threads", "seed", "weight_decay"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "must not be negative")
         for name in ("lr", "tokens_lr", "eps", "max_grad"): check(getattr(self, name) > 0, name, getattr(self, name), "must be above 0")
         for name in ("near_rewards", "lr_end"): check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "must be in [0, 1]")
@@ -440,10 +440,10 @@ class Trainer:
         "The world that acts and dreams follows the one that learns."
         if self.cfg.ema: follow(self.agent.world, self.world, self.cfg.ema, self.clock["world"] / self.cfg.batch / self.cfg.length)
 
-    def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None, recency: float = 0.) -> Segment:
+    def sample(self, batch: int, length: int, near_rewards: float = 0., lead: int | None = None) -> Segment:
         "Segments, with their codes once the tokenizer learns no more."
         self.remember_codes()
-        return self.replay.sample(batch, length, near_rewards=near_rewards, lead=lead, recency=recency).to(self.device)
+        return self.replay.sample(batch, length, near_rewards=near_rewards, lead=lead).to(self.device)
     def remember_codes(self):
         "The replay keeps codes as long as the tokenizer does not change."
         def coder(frames: Tensor) -> Tensor:
@@ -479,7 +479,7 @@ class Trainer:
         with self.timed("world"):
             self.settle_tokens(); self.world.train(); self.world.anneal(self.clock["steps"])
             self.rates(self.clock["world"] / self.frames_due(cfg.steps))
-            seg = self.sample(cfg.batch, cfg.length, cfg.near_rewards, recency=cfg.recency)
+            seg = self.sample(cfg.batch, cfg.length, cfg.near_rewards)
             logs = (self.world_update if self.recorded() else self.update_from)(*seg.parts)
             self.follow()
             self.clock["world"] += cfg.batch * cfg.length
@@ -500,7 +500,7 @@ class Trainer:
             n = max(1, cfg.dream_batch // cfg.dream_repeat // starts)
             play_back = self.recorded() and isinstance(self.learner, PPO) and not self.learner.cfg.target_kl
             near = 0. if cfg.real else cfg.near_rewards                  # a reward that lies ahead is none that the critic hears of
-            logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, near, 2 * cfg.horizon, cfg.recency).parts)
+            logs = (self.dream_update if play_back else self.dream_from)(*self.sample(n, cfg.dream_context, near, 2 * cfg.horizon).parts)
             if self.device.type == "cpu":
                 check_finite(torch.tensor(sum(abs(float(v)) for v in logs.values())), {f"policy/{k}": float(v) for k, v in logs.items()}, self.clock["steps"])
             self.note("policy", logs)

@@ -165,7 +165,7 @@ def _empty(self: Replay, batch: int, length: int) -> dict[str, Tensor]:
     return {k: torch.empty(batch, length, *(self.shape if k == "frames" else ()), dtype=d) for k, d in FIELDS.items()}
 
 @patch
-def _where(self: Replay, length: int, lead: int | None, oldest_first: bool = False) -> list[Int[Tensor, "m"]]:
+def _where(self: Replay, length: int, lead: int | None) -> list[Int[Tensor, "m"]]:
     "Ends (environment and row in one number) that segments may have: all of them; those near gains; those near losses."
     ages = self.age[:, np.arange(self.oldest, self.rows) % self.keep]
     ok = ages >= length - 1
@@ -177,33 +177,27 @@ def _where(self: Replay, length: int, lead: int | None, oldest_first: bool = Fal
         ends, then = (slice(max(0, -d), w - max(0, d)), slice(max(0, d), w + min(0, d)))
         for near, sign in ((gain, 1), (loss, -1)): near[:, ends] |= (signs[:, then] == sign) & (ages[:, then] >= d)
     ends = [np.flatnonzero(x) for x in (ok, ok & gain, ok & loss)]
-    return [torch.from_numpy(x[(x % w).argsort(kind="stable")] if oldest_first else x) for x in ends]
+    return [torch.from_numpy(x) for x in ends]
 
 @patch
 def sample(self: Replay, batch: int, length: int, generator: torch.Generator | None = None,
            near_rewards: float = 0.,            # share of the segments that are drawn near a reward
-           lead: int | None = None,             # near: the reward is inside; or, with a number, in the last step or at most `lead` steps later
-           recency: float = 0.) -> Segment:     # the latest stretches are drawn 1 + recency times as often as the average one, the oldest never
+           lead: int | None = None) -> Segment: # near: the reward is inside; or, with a number, in the last step or at most `lead` steps later
     """`batch` segments (b t), uniform over all stretches of `length` steps that lie inside one episode. Tensors on the CPU, or where `keep_on` says.
 
-    Those near rewards are uniform over the stretches near a gain, and as many over those near a loss. With `recency` no longer uniform: a stretch's
-    chance grows with that power of its place in time."""
+    Those near rewards are uniform over the stretches near a gain, and as many over those near a loss."""
     check(batch >= 1 and length >= 1, "(batch, length)", (batch, length), "must be positive")
     check(0 <= near_rewards <= 1, "near_rewards", near_rewards, "must lie in [0, 1]")
-    check(recency >= 0, "recency", recency, "must not be negative")
     check(self.rows > 0, "replay", str(self.path), "is empty", "Collect some steps first.")
     if self.coder: self.encode()
-    key = self.rows, length, lead, recency > 0
+    key = self.rows, length, lead
     if key not in self._ends:
         device = "cpu" if self.near is None else self.near["first"].device
         self._ends = {k: v for k, v in self._ends.items() if k[0] == self.rows} | {key: [x.to(device) for x in self._where(*key[1:])]}
     every, *near = self._ends[key]
     near, width = [x for x in near if len(x)], self.rows - self.oldest
     some = min(round(near_rewards * batch / len(near)), batch // len(near)) if near else 0
-    def pick(x, n):
-        if not recency: return x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
-        place = torch.rand(n, generator=generator, device=x.device) ** (1 / (1 + recency))
-        return x[(place * len(x)).long().clamp(max=len(x) - 1)]
+    pick = lambda x, n: x[torch.randint(len(x), (n,), generator=generator, device=x.device)]
     ends = torch.cat([pick(every, batch - some * len(near)), *(pick(x, some) for x in near if some)])
     at = ends[:, None] // width, (self.oldest + ends[:, None] % width - torch.arange(length - 1, -1, -1, device=ends.device)) % self.keep
     codes = self.codes[at].long() if self.coder else None

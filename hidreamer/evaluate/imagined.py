@@ -30,24 +30,26 @@ from ..run import provenance
 from ..worlds.hidreamer import HiDreamer, nats
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #af332590
-def labelled(game: str, steps: int, seed: int, num_envs: int = 8) -> list[tuple[Segment, np.ndarray]]:
-    "Random play as (episode (b=1), console memory (t 128)), cut into stretches of at most 500 frames."
+def labelled(game: str, steps: int, seed: int, num_envs: int = 8, agent=None) -> list[tuple[Segment, np.ndarray]]:
+    "Games as (episode (b=1), console memory (t 128)), cut into stretches of at most 500 frames: random play, or `agent`'s."
     envs, rng = make_envs(game, num_envs, seed, labels=True), np.random.default_rng(seed)
     obs, _ = envs.reset()
-    rows = [[] for _ in range(num_envs)]; out, done = [], np.zeros(num_envs, bool)
+    rows = [[] for _ in range(num_envs)]; out, done, first = [], np.zeros(num_envs, bool), np.ones(num_envs, bool)
+    if agent: agent.reset(); agent.seed(seed)
     def close(i):
         f, m, a, r = (np.stack(x) for x in zip(*rows[i])); rows[i] = []
         if len(f) < 32: return
         no = torch.zeros(1, len(f), dtype=torch.bool); first = no.clone(); first[0, 0] = True
         out.append((Segment(torch.from_numpy(f)[None], torch.from_numpy(a)[None], torch.from_numpy(r)[None].float(), no, first), m))
     while sum(s.time for s, _ in out) < steps:
-        actions, memory = rng.integers(envs.single_action_space.n, size=num_envs), ram(envs)
+        memory = ram(envs)
+        actions = np.asarray(agent.act(torch.from_numpy(obs), torch.from_numpy(first))) if agent else rng.integers(envs.single_action_space.n, size=num_envs)
         seen, over = obs.copy(), done
         obs, rewards, terminated, truncated, _ = envs.step(actions)
         for i in range(num_envs):
             if not over[i]: rows[i].append((seen[i], memory[i].copy(), actions[i], rewards[i]))
             if rows[i] and (over[i] or len(rows[i]) >= 500): close(i)
-        done = (terminated | truncated) & ~done
+        done, first = (terminated | truncated) & ~done, over
     envs.close()
     return out
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'PLAYERS', 'trained', 'coder_of', 'still_codes', 'at_temperature', 'games_to_ask', 'replay_of', 'points',
-           'state_knows', 'played', 'look', 'changed', 'Codes', 'learn', 'anew', 'arm_row', 'speeds', 'begun', 'keep',
-           'steady', 'ablate', 'for_sb3', 'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies',
-           'new_games', 'stretch', 'nats_of', 'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits',
-           'scores_of', 'look_at', 'main']
+           'state_knows', 'played', 'look', 'changed', 'learn', 'anew', 'begun', 'keep', 'steady', 'for_sb3',
+           'Sb3Agent', 'model_free', 'compare_model_free', 'practise', 'policies', 'new_games', 'stretch', 'nats_of',
+           'by_heart', 'lost_points', 'lost', 'turns', 'at_turns', 'hits', 'scores_of', 'look_at', 'main']
 
 # %% ../../nbs/75_studies.atari.ipynb #atari003
 import argparse
@@ -26,8 +25,7 @@ from tqdm import tqdm
 from ..behave.agent import Agent
 from ..behave.imagine import evaluating, imagine
 from ..behave.ppo import PPO, Policy, PPOConfig
-from ..core import HidreamerError, Segment, autocast, check, count_parameters, keep_memory, seed_everything
-from ..evaluate.bench import paired, quartiles, random_segment
+from ..core import HidreamerError, Segment, autocast, check, keep_memory, seed_everything
 from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_rewards, imagined_state, labelled
 from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
@@ -37,7 +35,8 @@ from ..evaluate.rollouts import clustered, rollout_frames
 from ..evaluate.scores import HELD_OUT_SEED, evaluate, own_randomness
 from ..evaluate.statistics import bootstrap_interval
 from ..run import Run, provenance, write_atomic
-from ..train import TrainConfig, experienced, follow, load_agent, load_world, preset
+from ..tokens.tokenizer import Tokenizer
+from ..train import TrainConfig, experienced, follow, load_agent, load_world
 from ..worlds.hidreamer import VIEWS, HiDreamer, HiDreamerConfig, nats, token_accuracy
 
 # %% ../../nbs/75_studies.atari.ipynb #atari006
@@ -137,48 +136,34 @@ ARMS = {
     "original mask": dict(rule="original"),
     "plain causal mask": dict(rule="causal"),
     "foresees changes": dict(foresee=(1, 2, 4, 8)),
+    "tells frames apart": dict(contrast=5),
+    "rewards of four steps": dict(reward_steps=4),
     "half the width": dict(width=128),
     "dropout": dict(dropout=.1),
     "three times the dropout": dict(dropout=.3),
-    "state dropout": dict(state_dropout=.5),
-    "more state dropout": dict(state_dropout=.8),
-    "seen wrong": dict(noise=.1),
-    "state and judge dropout, seen wrong": dict(state_dropout=.5, judge_dropout=.5, noise=.1),
     "wider head": dict(head_width=128, head_blocks=3),
-    "wider head, state dropout": dict(head_width=128, head_blocks=3, state_dropout=.5),
-    "wider head, state dropout, displaced": dict(head_width=128, head_blocks=3, state_dropout=.5, shift=3),
-    "wider head, displaced": dict(head_width=128, head_blocks=3, shift=4),
-    "wider head, eye": dict(head_width=128, head_blocks=3, pixels=48),
-    "wider head, displaced, eye": dict(head_width=128, head_blocks=3, shift=4, pixels=48),
     "rewards from the state alone": dict(judge_sees=("state",)),
     "rewards from all that is seen": dict(judge_sees=VIEWS),
     "dense, equal active": dict(experts=(1,)),
     "dense, equal total": dict(experts=(1,)),                  # and wider
     "two experts in every layer": dict(experts=(2,)),
     "three experts in every layer": dict(experts=(3,)),
+    "a tokenizer anew": dict(tokens={}),
+    "two levels": dict(tokens=dict(levels=2, commitment=()), halves=2),
+    "one level": dict(tokens=dict(levels=1, commitment=()), halves=1),
+    "4 x 4 places": dict(tokens=dict(grid=4), changes=12),
+    "coarse to fine, every place": dict(tokens=dict(grid=(2, 4, 8)), changes=0),
 }
 
 def changed(cfg: HiDreamerConfig, arm: str) -> HiDreamerConfig:
     "The config of an arm."
     check(arm in ARMS, "arm", arm, f"must be one of {', '.join(ARMS)}")
-    deep, t = {f.name for f in fields(TransformerConfig)}, cfg.transformer
+    deep, t, tokens = {f.name for f in fields(TransformerConfig)}, cfg.transformer, replace(cfg.tokens, **ARMS[arm].get("tokens", {}))
     inner = {k: v for k, v in ARMS[arm].items() if k in deep}
     if arm == "dense, equal total":        # e experts and the shared one have (1 + e) / 2 times the weights of a dense layer
         inner["mlp"] = t.mlp * sum((1 + e) / 2 if e > 1 else 1 for e in map(t.experts_of, range(t.layers))) / t.layers
-    return replace(cfg, transformer=replace(cfg.transformer, **inner), **{k: v for k, v in ARMS[arm].items() if k not in deep}).check()
-
-class Codes:
-    "Episodes as codes, and windows of them."
-    def __init__(self, world: HiDreamer, episodes: list[Segment]):
-        self.episodes, self.codes = episodes, [world.tokenizer.encode(e.frames) for e in episodes]
-    def sample(self, batch: int, length: int, generator: torch.Generator) -> Segment:
-        "Random windows, with frames and codes."
-        room = torch.tensor([max(0, e.time - length + 1) for e in self.episodes])
-        rows = []
-        for at in torch.randint(int(room.sum()), (batch,), generator=generator).tolist():
-            i = int(torch.searchsorted(room.cumsum(0), at, right=True)); p = at - int(room[:i].sum())
-            rows.append(replace(self.episodes[i][:, p:p + length], codes=self.codes[i][:, p:p + length]))
-        return Segment.join(rows)
+    own = {k: v for k, v in ARMS[arm].items() if k not in deep and k != "tokens"}
+    return replace(cfg, tokens=tokens, transformer=replace(t, **inner), **own).check()
 
 def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: float, lr_end: float = .1, name: str = "",
           after: Callable[[int], None] = lambda i: None) -> list[dict]:
@@ -195,35 +180,11 @@ def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: flo
     return out
 
 # %% ../../nbs/75_studies.atari.ipynb #atari010
-def anew(base: HiDreamer, arm: str, seed: int) -> HiDreamer:
-    "An arm's world before it learns, with the tokenizer of `base`. Random numbers begin anew."
+def anew(base: HiDreamer, arm: str, seed: int, tokenizer: Tokenizer | None = None) -> HiDreamer:
+    "An arm's world before it learns, with this tokenizer or that of `base`. Random numbers begin anew."
     seed_everything(seed); world = HiDreamer(changed(base.cfg, arm), base.actions)
-    world.tokenizer.load_state_dict(base.tokenizer.state_dict()); world.learn_tokens = False
+    world.tokenizer.load_state_dict((tokenizer or base.tokenizer).state_dict()); world.learn_tokens = False
     return world
-
-def arm_row(base: HiDreamer, arm: str, seed: int, data: Codes, shown: list, held: list, reader: Reader, updates: int, batch: int, length: int,
-            lr: float) -> dict:
-    "One arm, trained from one seed on `base`'s codes, and what it can do."
-    world = anew(base, arm, seed)
-    begin, generator = time.process_time(), torch.Generator().manual_seed(seed)
-    curve = learn(world, lambda: data.sample(batch, length, generator), updates, lr, name=f"{arm}, seed {seed}")
-    seconds = time.process_time() - begin
-    segs, t = [e for e, _ in held], world.transformer
-    load = [(m.load * m.experts).tolist() for m in t.moes]
-    total = count_parameters(world) - count_parameters(world.tokenizer)
-    return dict(arm=arm, seed=seed, parameters=total, active=total - count_parameters(t) + t.active_parameters(), seconds=seconds, curve=curve, load=load,
-                knows=state_knows(world, shown, reader.game), next=token_accuracy(world, segs),
-                dream=imagined_state(world, reader, held, context=16, starts=512).to_dict())
-
-def speeds(base: HiDreamer, arms: list[str], batch: int = 128, budget: float = 20.) -> dict[str, list[float]]:
-    "Seconds of a dreamed step of `batch` rows, quartiles, all arms in turns."
-    device, steps = torch.device("cpu"), {}
-    for arm in arms:
-        world = HiDreamer(changed(base.cfg, arm), base.actions).eval()
-        with torch.no_grad(), autocast(device):
-            state = world.repeat(world.observe(random_segment(1, 16, base.actions, world.cfg.tokens, device)), batch)
-        steps[arm] = lambda world=world, state=state: world.step(state, torch.zeros(batch, dtype=torch.long))
-    with torch.no_grad(), autocast(device): return {k: quartiles(v) for k, v in paired(steps, device, repeats=7, budget=budget).items()}
 
 def begun(out: Path, settings: dict) -> dict:
     "The report that `out` holds, if it was made with the same settings, or a new one."
@@ -265,30 +226,6 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
                                              rewards=imagined_rewards(w, segs, context=16, starts=512)))
         keep(report, out, command)
     return report
-
-def ablate(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1500, frames: int = 40_000, batch: int = 8, length: int = 16,
-           lr: float = 1e-3, asked: int = 6_000, design: str = "", command: str = "") -> dict:
-    """Every arm from every seed, on the codes of one run's tokenizer and the same batches; what `out` holds already is not done again.
-
-    An arm differs in one part from `design`: the world of that preset, with the run's tokenizer; empty: the run's own world."""
-    keep_memory(); base = trained(run); game = Run(run).config["env"]
-    if design:
-        other = HiDreamer(replace(preset(design).model, tokens=base.cfg.tokens), base.actions)
-        other.tokenizer.load_state_dict(base.tokenizer.state_dict()); base = other.eval()
-    for arm in arms: changed(base.cfg, arm)
-    for name, value, least in (("updates", updates, 1), ("frames", frames, 10 * length), ("asked", asked, 1000), ("seeds", min(seeds), 0)):
-        check(value >= least, name, value, f"must be at least {least}")
-    report = begun(out, dict(run=Path(run).name, step=Run(run).checkpoint().step, game=game, design=design, updates=updates, batch=batch, length=length, lr=lr,
-                             frames=frames, asked=asked))
-    (shown, held), data = games_to_ask(game, asked), Codes(base, [e for e, _ in labelled(game, frames, seed=4_000)])
-    reader = Reader(game, shown, hand_of(base))
-    for seed in seeds:
-        for arm in arms:
-            if any((r["arm"], r["seed"]) == (arm, seed) for r in report["rows"]): continue
-            report["rows"].append(arm_row(base, arm, seed, data, shown, held, reader, updates, batch, length, lr))
-            keep(report, out, command)
-    report["speed"] = speeds(base, list(dict.fromkeys(r["arm"] for r in report["rows"])))
-    return keep(report, out, command)
 
 # %% ../../nbs/75_studies.atari.ipynb #free002
 def for_sb3(envs):
@@ -578,7 +515,7 @@ def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int =
     return keep(dict(runs={r.name: look(r, shown, episodes, temperatures) for r in runs}), out, command)
 
 def main(arguments: list[str] | None = None) -> None:
-    "`python -m hidreamer.studies.atari look|scores RUN... --out FILE`; `ablate`, `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
+    "`python -m hidreamer.studies.atari look|scores RUN... --out FILE`; `steady`, `heart`, `lost`, `hits`, `policies` with a RUN, or `free GAME...`"
     arguments = sys.argv[1:] if arguments is None else arguments
     p = argparse.ArgumentParser(prog="python -m hidreamer.studies.atari"); kinds = p.add_subparsers(required=True)
     def kind(name: str, f: Callable, text: str, what: str = "run", **several) -> argparse.ArgumentParser:
@@ -588,9 +525,6 @@ def main(arguments: list[str] | None = None) -> None:
     look = kind("look", look_at, "what finished runs show", "runs", nargs="+")
     look.add_argument("--temperatures", type=float, nargs="+", default=[1., .7, .5, .3, .1])
     kind("scores", scores_of, "what runs have played, of any games", "runs", nargs="+")
-    design = kind("ablate", ablate, "the same codes and batches for other designs")
-    design.add_argument("--frames", type=int, default=40_000)
-    design.add_argument("--design", default="", help="a preset whose world is varied, instead of the run's own")
     mean = kind("steady", steady, "the last weights of a world beside their running mean")
     mean.add_argument("--ema", type=float, default=.995); mean.add_argument("--near-rewards", type=float, nargs="+", default=[0.])
     heart = kind("heart", by_heart, "what a run's world knows of games that it has not learned from")
@@ -601,12 +535,12 @@ def main(arguments: list[str] | None = None) -> None:
     new.add_argument("--players", nargs="+", default=list(PLAYERS)); new.add_argument("--dreamed", type=int, default=1_000_000, help="dreamed steps of each")
     free = kind("free", compare_model_free, "PPO without a world model, of Stable-Baselines3, in the same games", "games", type=str, nargs="+")
     free.add_argument("--at", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
-    for k, arms, updates in ((design, list(ARMS), 1500), (mean, ["as it is"], 1500), (heart, ["as it is", "state dropout"], 1200)):
+    for k, arms, updates in ((mean, ["as it is"], 1500), (heart, ["as it is", "dropout"], 1200)):
         k.add_argument("--arms", nargs="*" if k is heart else "+", default=arms); k.add_argument("--updates", type=int, default=updates)
-    for k, seeds in ((design, [0, 1, 2]), (mean, [0, 1]), (heart, [0, 1]), (new, [0, 1]), (free, [0, 1, 2])):
+    for k, seeds in ((mean, [0, 1]), (heart, [0, 1]), (new, [0, 1]), (free, [0, 1, 2])):
         k.add_argument("--seeds", type=int, nargs="+", default=seeds)
     for k, games in ((new, 16), (free, 100)): k.add_argument("--episodes", type=int, default=games)
-    for k in (look, design, mean): k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
+    for k in (look, mean): k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
     for k in (heart, missed, paddles): k.add_argument("--asked", type=int, default=6_000, help="steps of new games of the run's agent to ask about")
     chosen = vars(p.parse_args(arguments))
     chosen.pop("f")(**chosen, command="python -m hidreamer.studies.atari " + " ".join(arguments))

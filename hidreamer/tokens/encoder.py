@@ -175,12 +175,6 @@ class Decoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "n k d"]) -> Float[Tensor, "n c h w"]:
         "Vectors to pictures (not clamped, so that the loss has a gradient everywhere)."
-        return self.draw(rearrange(z, "n (h w) d -> n h w d", h=self.grid))
-    def cells(self, z: Float[Tensor, "*n d"]) -> Float[Tensor, "*n c s s"]:
-        "What single positions of a grid draw, each its own patch."
-        return self.draw(z.reshape(-1, 1, 1, z.shape[-1])).unflatten(0, z.shape[:-1])
-    def draw(self, z: Float[Tensor, "n h w d"]) -> Float[Tensor, "n c h2 w2"]:
-        "The patches of positions, laid side by side."
-        x = self.blocks(self.inp(z))
+        x = self.blocks(self.inp(rearrange(z, "n (h w) d -> n h w d", h=self.grid)))
         for layer in self.grow: x = layer(F.silu(x))
         return x.permute(0, 3, 1, 2).float()

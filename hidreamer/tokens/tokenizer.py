@@ -152,19 +152,6 @@ class Tokenizer(nn.Module):
         "Sum of the code vectors of the first `levels` levels, on the finest grid. No gradient reaches the codebooks."
         return self.quantiser.decode(codes, levels)
 
-    @torch.no_grad()
-    def displace(self, frames: UInt8[Tensor, "b t c h w"], by: Int[Tensor, "b 2"]) -> UInt8[Tensor, "b t c h w"]:
-        "The frames with all that differs from the background moved so many pixels down and to the right. What leaves the frame is gone."
-        x, by = self.prepare(frames), by.repeat_interleave(frames.shape[1], 0)
-        still = self.still(self.background.nearest(x))
-        moves, inside = x - still, torch.ones((), dtype=torch.bool, device=x.device)
-        for dim in (2, 3):
-            size = x.shape[dim]
-            source = (torch.arange(size, device=x.device) - by[:, dim - 2, None]).view(len(x), 1, *((size, 1) if dim == 2 else (1, size)))
-            inside = inside & (source >= 0) & (source < size)
-            moves = moves.gather(dim, source.clamp(0, size - 1).expand_as(x))
-        return ((still + moves * inside).clamp(0, 1) * 255).round().byte().reshape(frames.shape)
-
     def busy(self, moving: Bool[Tensor, "n h w"]) -> Bool[Tensor, "n g g"]:
         "Cells of the finest grid in which something moves."
         return F.max_pool2d(moving.float(), self.cfg.size // self.cfg.fine) > 0
