@@ -53,7 +53,7 @@ def explained(path: Path,       # what is being written or opened
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             why, remedy = "the disk is full, or a quota or file size limit is reached", "Free some space, then run the same command again."
         elif e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            why, remedy = "it may not be written to (read-only, or owned by somebody else)", "Choose another folder with --run DIR."
+            why, remedy = "it may not be written to (read-only, or owned by somebody else)", "Choose another folder with --run DIR (or --out)."
         else: why, remedy = e.strerror or str(e), "Choose another folder with --run DIR, or mend this one."
         raise HidreamerError(" ".join(filter(None, [f"Cannot write {path}: {why}.", kept, remedy]))) from e
 
@@ -124,7 +124,7 @@ def unpacked(like: Any, x: Any) -> Any:
         if isinstance(x, (dict, list)) or type(like) is bool is not type(x): raise ValueError("another kind of object")
         if type(like) in (int, float) and not (type(x) is type(like) and abs(x) < 2**53): raise ValueError("another kind of number")
         return x
-    if not isinstance(x, dict) or not set(x) <= set(vars(like)): raise ValueError("another kind of object")
+    if not isinstance(x, dict) or not set(x) <= {*vars(like), *getattr(like, "gone", ())}: raise ValueError("another kind of object")
     new = copy.copy(like)
     for k, v in vars(like).items(): vars(new)[k] = unpacked(v, x[k]) if k in x else {} if isinstance(v, dict) else v
     return new

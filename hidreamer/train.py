@@ -140,6 +140,12 @@ class TrainConfig(Config):
         check(shape == self.atari.shape, "model", shape, f"must fit the environment's frames (channels, height, width), {self.atari.shape}")
         return super().check()
 
+    def check_warm_up(self):
+        "A tokenizer must have rounded to codes before it is frozen. Asked of new runs alone: a run that is there can be looked at."
+        if self.world != "hidreamer" or self.tokens_until > self.random_steps: return
+        check(self.warm_up > (raw := self.model.tokens.warm), "warm_up", self.warm_up, f"must be above model.tokens.warm={raw}: until then nothing is "
+              "rounded to codes", "Raise --warm-up, lower --model.tokens.warm, or let the tokenizer go on: --tokens-until above --random-steps.")
+
     @classmethod
     def from_dict(cls, d: dict) -> "TrainConfig":
         "The inverse of `to_dict`; what `model` may hold depends on `world`."
@@ -178,11 +184,11 @@ def atari100k() -> TrainConfig:
                                              judge_sees=VIEWS, policy_sees=VIEWS))
 
 def debug() -> TrainConfig:
-    "Everything once, in seconds: for tests."
+    "Everything once, in seconds, and games that are cut short: for tests."
     return TrainConfig(preset="debug", steps=384, random_steps=256, envs=4, block=64, warm_up=4, batch=4, length=8,
                        replay_ratio=1., dream_ratio=4., ema=.9,
                        dream_batch=8, dream_context=4, dream_repeat=2, horizon=4, episodes=2, save_every=128,
-                       replay=ReplayConfig(capacity=1_000), model=tiny())
+                       replay=ReplayConfig(capacity=1_000), atari=EnvConfig(time_limit=2_000), model=tiny())
 
 def small() -> HiDreamerConfig:
     "A world for CPUs: six million parameters (three in the preset `cpu`, of half the width), three levels of 64 codes."
@@ -190,8 +196,8 @@ def small() -> HiDreamerConfig:
 
 def tiny() -> HiDreamerConfig:
     "A world for tests."
-    return HiDreamerConfig(tokens=TokenizerConfig(depth=4, blocks=1, dim=16, codes=32), code_dim=8, place_dim=4, head_width=16, head_blocks=1, changes=24,
-                           transformer=TransformerConfig(width=32, layers=2, heads=2, experts=(1, 2), context=8))
+    return HiDreamerConfig(tokens=TokenizerConfig(depth=4, blocks=1, dim=16, codes=32, warm=1), code_dim=8, place_dim=4, head_width=16, head_blocks=1,
+                           changes=24, transformer=TransformerConfig(width=32, layers=2, heads=2, experts=(1, 2), context=8))
 
 PRESETS = dict(quick=quick, cpu=cpu, atari100k=atari100k, debug=debug)
 
@@ -243,12 +249,14 @@ def preset(name: str, world: str = "hidreamer") -> TrainConfig:
     return replace(cfg, world=world, **changes | dict(model=WORLDS[world][0](**changes["model"])))
 
 # %% ../nbs/60_train.ipynb #d19fbf6a
-LOWER = dict(tokens="--batch", world="--batch or --length", behaviour="--dream-batch or --horizon", collect="--envs")     # needs less memory
+#: What to lower where memory does not suffice, by stage.
+LOWER = dict(tokens="--batch", world="--batch or --length", behaviour="--dream-batch or --horizon", collect="--envs", evaluate="--episodes")
 
 class Trainer:
     "One run: its environments, replay, world, policy, optimisers and clocks."
     def __init__(self, cfg: TrainConfig):
-        self.cfg = cfg.check()
+        self.cfg, new = cfg.check(), not any(cfg.folder.glob("checkpoints/step-*"))
+        if new: cfg.check_warm_up()
         if cfg.threads: torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed); keep_memory()
         self.device = find_device(cfg.device)
@@ -256,7 +264,7 @@ class Trainer:
         actions = int(self.envs.single_action_space.n)
         self.agent, self.chance = make_agent(cfg, actions).to(self.device), RandomAgent(actions, seed=cfg.seed)
         self.agent.record = cfg.record
-        if cfg.init and not any(cfg.folder.glob("checkpoints/step-*")): fill_agent(self.agent, cfg.init)
+        if cfg.init and new: fill_agent(self.agent, cfg.init)
         self.run = Run(cfg.folder, cfg.to_dict(), complete=lambda old: TrainConfig.from_dict(old).to_dict())     # only now: a misfit leaves no folder behind
         self.policy, self.world = self.agent.policy, copy.deepcopy(self.agent.world) if cfg.ema else self.agent.world      # the agent's own acts and dreams
         self.learner = LEARNERS[cfg.learner][1](self.policy)

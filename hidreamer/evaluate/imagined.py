@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..behave.imagine import evaluating
 from ..core import Segment, autocast, check
-from ..data.envs import ball_and_paddles, make_envs, ram
+from ..data.envs import EnvConfig, ball_and_paddles, make_envs, ram
 from .rollouts import choose_starts, clustered, rollout_frames
 from .scores import own_randomness
 from .tokens import r2, r2_interval
@@ -30,17 +30,18 @@ from ..run import provenance
 from ..worlds.hidreamer import HiDreamer, nats
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #af332590
-def labelled(game: str, steps: int, seed: int, num_envs: int = 8, agent=None) -> list[tuple[Segment, np.ndarray]]:
-    "Games as (episode (b=1), console memory (t 128)), cut into stretches of at most 500 frames: random play, or `agent`'s."
-    envs, rng = make_envs(game, num_envs, seed, labels=True), np.random.default_rng(seed)
+def labelled(game: str, steps: int, seed: int, num_envs: int = 8, agent=None,
+             cfg: EnvConfig | None = None) -> list[tuple[Segment, np.ndarray]]:
+    "Games as (episode (b=1), console memory (t 128)), cut into stretches of at most 500 frames: random play, or that of an `Agent`."
+    envs, rng = make_envs(game, num_envs, seed, cfg, labels=True), np.random.default_rng(seed)
     obs, _ = envs.reset()
     rows = [[] for _ in range(num_envs)]; out, done, first = [], np.zeros(num_envs, bool), np.ones(num_envs, bool)
     if agent: agent.reset(); agent.seed(seed)
     def close(i):
         f, m, a, r = (np.stack(x) for x in zip(*rows[i])); rows[i] = []
         if len(f) < 32: return
-        no = torch.zeros(1, len(f), dtype=torch.bool); first = no.clone(); first[0, 0] = True
-        out.append((Segment(torch.from_numpy(f)[None], torch.from_numpy(a)[None], torch.from_numpy(r)[None].float(), no, first), m))
+        no = torch.zeros(1, len(f), dtype=torch.bool); begins = no.clone(); begins[0, 0] = True
+        out.append((Segment(torch.from_numpy(f)[None], torch.from_numpy(a)[None], torch.from_numpy(r)[None].float(), no, begins), m))
     while sum(s.time for s, _ in out) < steps:
         memory = ram(envs)
         actions = np.asarray(agent.act(torch.from_numpy(obs), torch.from_numpy(first))) if agent else rng.integers(envs.single_action_space.n, size=num_envs)
@@ -135,7 +136,7 @@ class ImaginedState:
         lines = [f"| {r['thing'].replace('_', ' ')} | {r['t']} | " + " | ".join(cell(r[k]) for k in ("dream", "copy", "true")) +
                  (f" | {r['there']['dream']:.0%} of {r['there']['true']:.0%} |" if r["there"] else " | |") for r in self.rows]
         return "\n".join(["| thing | steps | dream | copy last frame | true frames | there, dream of true |", "|" + "---|" * 6, *lines])
-    def _repr_markdown_(self): return self.table() + f"\n\nR² [95% by episode] of positions; {self.starts} starts on random play"
+    def _repr_markdown_(self): return self.table() + f"\n\nR² [95% by episode] of positions; {self.starts} starts"
 
 def compare_places(y, guesses: dict[str, Tensor], episode: Tensor, seed: int) -> dict:
     "R2 and its interval for every guess of the same positions."

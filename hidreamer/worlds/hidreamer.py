@@ -231,6 +231,7 @@ class DreamState:
     picture: Float[Tensor, "b k e"]     # their embeddings, all levels summed
     before: Float[Tensor, "b k e"]      # the previous frame's coarse embeddings, zero at the start of an episode
     h: Float[Tensor, "b d"]
+    gone: ClassVar[tuple[str, ...]] = ("drawn",)        # what earlier versions remembered, too
 
 def nats(logits: Float[Tensor, "... c"], codes: Int[Tensor, "..."]) -> Float[Tensor, "..."]:
     "Cross-entropy of every code. Flattened first: a softmax over the last axis is many times faster than over an inner one."
