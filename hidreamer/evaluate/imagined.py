@@ -84,7 +84,8 @@ class Reader:
 
     It learns from true frames and, if it is told of a `hand` (b t c h w -> b t c h w, uint8), from the same ones as that draws them,
     `updates` times from each kind."""
-    def __init__(self, game: str, episodes: list[tuple[Segment, np.ndarray]], hand: Callable | None = None, updates: int = 800, batch: int = 32, seed: int = 0):
+    updates = 800
+    def __init__(self, game: str, episodes: list[tuple[Segment, np.ndarray]], hand: Callable | None = None, batch: int = 32, seed: int = 0):
         frames = torch.cat([e.frames[0] for e, _ in episodes])
         check(len(frames) >= 1000, "episodes", len(frames), "are too few frames to learn from", "Ask `labelled` for more steps.")
         check(frames.shape[-1] == frames.shape[-2], "episodes", tuple(frames.shape[-2:]), "must have square frames")
@@ -96,7 +97,7 @@ class Reader:
         with own_randomness(seed):
             self.net = Maps(self.names, frames.shape[-1]).train()
             optimizer = torch.optim.AdamW(self.net.parameters(), 1e-2)
-            updates *= len(pictures)
+            updates = self.updates * len(pictures)
             schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, updates, pct_start=.1)
             for i in tqdm(range(updates), f"reader of {game}", unit="update", mininterval=1, leave=False):
                 rows = torch.randint(len(frames), (batch,))
