@@ -23,7 +23,7 @@ from hidreamer.run import Run
 from hidreamer.studies.faults import FAULTS, KINDS, at_call, broken, corpus, disturbed, fuzz_one, learn, outcome, run_folders, short_run, spoil
 from hidreamer.train import Trainer, load_agent, train
 
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("faults")]          # in one process: they share runs
+pytestmark = pytest.mark.filterwarnings("ignore")
 CONFIG = dict(seed=0)
 
 

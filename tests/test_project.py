@@ -14,8 +14,6 @@ from importlib import metadata
 import pytest
 from conftest import ROOT
 
-pytestmark = pytest.mark.xdist_group("project")           # in one process: they share a wheel
-
 settings = configparser.ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]

@@ -8,8 +8,6 @@ import time
 import pytest
 from conftest import COMMAND
 
-pytestmark = pytest.mark.xdist_group("train")             # in one process: they share a run
-
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
