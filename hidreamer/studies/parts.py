@@ -43,7 +43,7 @@ def taught(cfg: TokenizerConfig, games: Replay, updates: int, lr: float, batch: 
 class Lessons:
     "Games of `agent` to learn from and others to ask about, and the tokenizers of arms that need their own, with who reads their pictures."
     def __init__(self, base: HiDreamer, agent: Agent, cfg: TrainConfig, frames: int, asked: int, token_updates: int):
-        look = lambda seed, agent=None: labelled(cfg.env, asked, seed, num_envs=min(16, asked // 500), agent=agent, cfg=cfg.atari)
+        look = lambda seed, agent=None: labelled(cfg.env, asked, seed, num_envs=min(16, asked // 1000), agent=agent, cfg=cfg.atari)
         self.base, self.cfg, self.updates, self.tokenizers, self.readers, self.coded = base, cfg, token_updates, {}, {}, None
         self.games, self.held, self.shown = new_games(agent, cfg, frames), look(3_000, agent), look(2_000, agent) + look(2_000)
     def begin(self, arm: str, seed: int) -> HiDreamer:
