@@ -12,6 +12,7 @@ __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cp
 import copy
 import json
 import math
+import os
 import shutil
 import time
 from contextlib import contextmanager
@@ -188,7 +189,7 @@ def debug() -> TrainConfig:
     return TrainConfig(preset="debug", steps=384, random_steps=256, envs=4, block=64, warm_up=4, batch=4, length=8,
                        replay_ratio=1., dream_ratio=4., ema=.9,
                        dream_batch=8, dream_context=4, dream_repeat=2, horizon=4, episodes=2, save_every=128,
-                       replay=ReplayConfig(capacity=1_000), atari=EnvConfig(time_limit=2_000), model=tiny())
+                       replay=ReplayConfig(capacity=1_000), atari=EnvConfig(time_limit=800), model=tiny())
 
 def small() -> HiDreamerConfig:
     "A world for CPUs: six million parameters (three in the preset `cpu`, of half the width), three levels of 64 codes."
@@ -657,7 +658,7 @@ def check_optimizer(own: torch.optim.Optimizer, kept: dict) -> None:
 # %% ../nbs/60_train.ipynb #c2c7d72a
 def held_out(agent: Agent, cfg: TrainConfig, seed: int = 0, envs: int = 8, steps: int = 400) -> list[Segment]:
     "Games that were never trained on: the first `steps` steps of one game in each of `envs` environments, played by `agent`."
-    vec = make_envs(cfg.env, envs, HELD_OUT_SEED + 1 + seed, cfg.atari)
+    vec, steps = make_envs(cfg.env, envs, HELD_OUT_SEED + 1 + seed, cfg.atari), min(steps, max(2, cfg.atari.time_limit // cfg.atari.skip))
     try:
         replay = Replay(None, envs * (steps + 1), envs, vec.single_observation_space.shape)
         collector = Collector(vec, replay, seed=HELD_OUT_SEED + 1 + seed)
@@ -793,7 +794,13 @@ def folder_of(run: str | Path) -> Path:
         check(mark.exists(), "run", str(run), f"would be unpacked into {folder}, where something else is", "Rename or move the file.")
         if mark.read_text() == mine: return folder
         shutil.rmtree(folder)                            # unpacked from an earlier file of this name
-    with Run(folder, config, tensorboard=False) as made:
-        made.save(step, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, dict(clock=dict(minutes=minutes)))
-    mark.write_text(mine)
+    part = folder.with_name(f".{folder.name}.{os.getpid()}")                # there as a whole or not at all, whoever else unpacks it now
+    try:
+        with Run(part, config, tensorboard=False) as made:
+            made.save(step, {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}, dict(clock=dict(minutes=minutes)))
+        (part/mark.name).write_text(mine)
+        with explained(folder): part.rename(folder)
+    except HidreamerError:
+        if not (mark.exists() and mark.read_text() == mine): raise
+    finally: shutil.rmtree(part, ignore_errors=True)
     return folder

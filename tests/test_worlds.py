@@ -1,18 +1,34 @@
 """Every world goes through the same command: train, dream, report."""
 import json
+import shutil
+import subprocess
 
 import pytest
 import torch
+from conftest import COMMAND
 
-from hidreamer.evaluate.imagined import main
+from hidreamer.evaluate.imagined import Reader, main
 from hidreamer.train import beside, preset, put_beside
 from hidreamer.worlds.rssm import Dreamer
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    "The finished run of a world: `home(world)`. Each is trained once; tests that change it work on a copy."
+    folder = tmp_path_factory.mktemp("homes")
+    def of(world):
+        if not (folder / world).exists():
+            command = [*COMMAND, "train", "--world", world, "--env", "Pong", "--preset", "debug", "--run", str(folder / world)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return folder / world
+    return of
+
+
 @pytest.mark.parametrize("world, log", [("dreamer", "kl"), ("hdreamer", "kl"), ("shi", "kept_changed"), ("original-shi", "nll_changed")])
-def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
+def test_a_world_is_an_option(tmp_path, monkeypatch, home, hidreamer, world, log):
     folder = tmp_path / "run"
-    hidreamer("train", "--world", world, "--env", "Pong", "--preset", "debug", "--run", folder, check=0)
+    shutil.copytree(home(world), folder)
     assert len(json.loads((folder / "scores.json").read_text())["returns"]) == 2
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert any(f"world/{log}" in k for row in rows for k in row)
@@ -21,11 +37,13 @@ def test_a_world_is_an_option(tmp_path, hidreamer, world, log):
     hidreamer("dream", folder, "--horizon", 10, check=0)
     assert (folder / "dream.gif").stat().st_size > 1000
     assert world in (folder / "report" / "index.html").read_text()
-    if world == "shi": where_things_are(folder, tmp_path / "state.json")
+    if world == "shi":
+        monkeypatch.setattr(Reader, "updates", 300)
+        where_things_are(folder, tmp_path / "state.json")
 
 
 def where_things_are(folder, out):
-    main([str(folder), "--out", str(out), "--steps", "3000", "--starts", "64"])
+    main([str(folder), "--out", str(out), "--steps", "2000", "--starts", "64"])
     told = json.loads(out.read_text())["runs"]["run"]
     assert {r["thing"] for r in told["rows"]} == {"ball_x", "ball_y", "player_y", "enemy_y"}
     assert all(r["true"]["r2"] > max(.5, r["dream"]["r2"]) for r in told["rows"] if r["thing"] in ("player_y", "enemy_y"))      # it has learned nothing yet
@@ -45,9 +63,8 @@ def test_a_world_cannot_change_on_resume(tmp_path, hidreamer):
     assert "Nearest: dreamer" in " ".join(done.stderr.split())
 
 
-def test_two_worlds_are_compared(tmp_path, hidreamer):
-    run = {w: tmp_path / w for w in ("shi", "dreamer")}
-    for world, folder in run.items(): hidreamer("train", "--world", world, "--env", "Pong", "--preset", "debug", "--run", folder, check=0)
+def test_two_worlds_are_compared(tmp_path, home, hidreamer):
+    run = {w: home(w) for w in ("shi", "dreamer")}
     hidreamer("compare", run["shi"], "--against", run["dreamer"], "--out", tmp_path / "page", check=0)
     page = (tmp_path / "page" / "report.md").read_text()
     assert "undecided" in page and "1 pair" in page                     # one seed of one game decides nothing

@@ -618,7 +618,8 @@ def write_blocks(blocks: list, out: Path, title: str) -> Path:
     page = ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f"<title>hidreamer: {escape(title)}</title><style>{CSS}{MORE_CSS}</style></head><body><main>{body}</main></body></html>")
     out.mkdir(parents=True, exist_ok=True)
-    for p in (x for kind, x in blocks if kind == "picture"): figure(p.draw, p.width, p.height, LIGHT).savefig(out/p.name, dpi=120, facecolor="white")
+    for p in (x for kind, x in blocks if kind == "picture"):
+        with figure(p.draw, p.width, p.height, LIGHT) as fig: fig.savefig(out/p.name, dpi=120, facecolor="white")
     for name, text in (("report.md", "\n\n".join(as_markdown(*b) for b in blocks) + "\n"), ("index.html", page)):
         tmp = out/f".{name}"; tmp.write_text(text, encoding="utf-8"); tmp.replace(out/name)
     return out/"index.html"

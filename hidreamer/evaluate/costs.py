@@ -16,7 +16,6 @@ from typing import Any
 import json
 import numpy as np
 import torch
-from scipy.stats import binom
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -156,6 +155,7 @@ def rollout_cost(world, state, horizon: int = 15, policy: Callable | None = None
 # %% ../../nbs/61_evaluate.costs.ipynb #5e1a7f27
 def median_interval(x, level: float = .95) -> tuple[float, float, float]:
     "(low, high, the level reached) for the median, from order statistics; the whole range where so few values cannot reach `level`."
+    from scipy.stats import binom
     x, n = np.sort(np.asarray(x, float)), len(x); check(n >= 1, "values", n, "must be at least 1")
     k = max([i for i in range(n // 2 + 1) if i and 2 * binom.cdf(i - 1, n, .5) <= 1 - level], default=1)
     return float(x[k - 1]), float(x[n - k]), float(max(0., 1 - 2 * binom.cdf(k - 1, n, .5)))

@@ -13,6 +13,7 @@ import base64
 import io
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -70,8 +71,9 @@ INK, GRID, SERIES = "#a0000a", "#a0000b", tuple(f"#a0000{i}" for i in range(1, 7
 VARIABLES = {INK: "--ink2", GRID: "--line", **{c: f"--s{i}" for i, c in enumerate(SERIES, 1)}}
 LIGHT = {INK: "#52514e", GRID: "#e1e0d9", **dict(zip(SERIES, ("#2a78d6", "#eb6834", "#1baf7a", "#4a3aa7", "#eda100", "#e87ba4")))}
 
-def figure(draw, width: float, height: float, colours: dict | None = None) -> "Figure":
-    "`draw(ax, paint)` in our style, a matplotlib `Figure`; `paint` turns a placeholder into a colour."
+@contextmanager
+def figure(draw, width: float, height: float, colours: dict | None = None):
+    "A matplotlib `Figure` of `draw(ax, paint)`, to be written inside the block: some of our style counts only then. `paint` turns a placeholder into a colour."
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -84,16 +86,15 @@ def figure(draw, width: float, height: float, colours: dict | None = None) -> "F
     with rc_context(style):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(fig); draw(fig.add_subplot(), paint)
-        fig.canvas.draw()
-    return fig
+        yield fig
 
 def svg(draw, width: float = 4.6, height: float = 2.3, label: str = "") -> str:
     "`draw` as inline SVG whose colours are CSS variables."
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
-    fig, out = figure(draw, width, height), io.StringIO()
-    fig.patch.set_visible(False); fig.axes[0].patch.set_visible(False)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    out = io.StringIO()
+    with figure(draw, width, height) as fig, rc_context({"svg.hashsalt": label}):
+        fig.patch.set_visible(False); fig.axes[0].patch.set_visible(False)
         FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None})
     x = out.getvalue()[out.getvalue().index("<svg"):]
     x = re.sub(r"<metadata>.*?</metadata>", "", x, flags=re.S)
@@ -344,9 +345,10 @@ def write_report(run: str | Path) -> Path:
             'initial-scale=1">'
             f"<title>hidreamer: {escape(f.path.resolve().name)}</title><style>{CSS}</style></head><body><main>{body}</main></body></html>")
     folder = f.path/"report"; folder.mkdir(exist_ok=True)
-    if f.scores: figure(draw_scores(f.scores), 9, 2.2, LIGHT).savefig(folder/"score.png", dpi=120, facecolor="white")
+    if f.scores:
+        with figure(draw_scores(f.scores), 9, 2.2, LIGHT) as fig: fig.savefig(folder/"score.png", dpi=120, facecolor="white")
     if f.rollouts:
         draw = lambda ax, paint: plot_rollout(f.rollouts["rows"], ax, tuple(map(paint, (SERIES[0], SERIES[1], INK))))
-        figure(draw, 9, 3, LIGHT).savefig(folder/"rollouts.png", dpi=120, facecolor="white")
+        with figure(draw, 9, 3, LIGHT) as fig: fig.savefig(folder/"rollouts.png", dpi=120, facecolor="white")
     tmp = folder/".index.html"; tmp.write_text(page, encoding="utf-8"); tmp.replace(folder/"index.html")
     return folder/"index.html"

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from tqdm import tqdm
 from ..core import check, nearest
 from ..data.envs import EnvConfig, make_envs
@@ -43,6 +42,7 @@ def human_normalised(game: str, x: float) -> float | None:
 def bootstrap_interval(x, statistic=np.mean, level: float = .95, n: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """(low, high) of `statistic` over the sample `x`, by `n` bootstrap resamples (BCa, Efron 1987; percentile where BCa is undefined).
     Equal values give (v, v), fewer than two give (nan, nan). `statistic` must accept `axis`, as NumPy's do."""
+    from scipy.stats import bootstrap            # here, since it takes a second of every start
     x = np.asarray(x, dtype=float)
     check(x.ndim == 1, "x.shape", x.shape, "must be a flat sample")
     check(0 < level < 1, "level", level, "must lie between 0 and 1", "Use 0.95.")

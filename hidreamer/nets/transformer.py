@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from ..core import Config, check, count_parameters
 from ..device import at_home
-from .mask import RULES, hierarchical_attention, remembered, slot_levels
+from .mask import RULES, hierarchical_attention, known_mask, remembered, slot_levels
 from .moe import Linear, MoE, SwiGLU
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-006
@@ -154,7 +154,6 @@ def visible(cache: Cache, window: int, acting: bool) -> Float[Tensor, "b 1 q n"]
     return bias
 
 # %% ../../nbs/32_nets.transformer.ipynb #cell-012
-@torch.compiler.assume_constant_result
 def rope(step: int | Int[Tensor, ""], steps: int, hd: int, device) -> tuple[Tensor, Tensor]:
     "Cosines and sines (steps hd/2) for environment steps `step`, `step + 1`, ... Source: RoFormer (Su et al. 2021), eq. 15."
     return _kept_rope(step, steps, hd, device) if not torch.is_tensor(step) and step < 1024 else _rope(step, steps, hd, device)
@@ -328,4 +327,5 @@ class Transformer(Stack):
 
     def fuse(self, backend: str = "inductor") -> None:
         "Fuse the small operations of a step with `torch.compile`."
+        for f in (known_mask, rope): torch.compiler.assume_constant_result(f)            # not as a decorator: that takes two seconds of every start
         self.fast = [torch.compile(f, dynamic=False, backend=backend) for f in (Block.begin, Block.look)]
