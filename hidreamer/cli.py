@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shutil
+import shlex
 import sys
 import textwrap
 import warnings
@@ -203,7 +204,7 @@ def tworooms(*, mode: Literal["l1", "l2", "both"] = "both",   # what to train; l
     from hidreamer.worlds.hjepa import JEPAConfig
     cfg = StudyConfig(layout=layout, transitions=transitions, epochs=epochs, seed=seed, trials=trials, budget=budget,
                       model=JEPAConfig(step_skip=step_skip, l2_time=max(1, round(40 / max(1, step_skip))) * step_skip + 1))
-    summary, _ = run_study(cfg, output, mode, command="hidreamer tworooms " + " ".join(sys.argv[2:]))
+    summary, _ = run_study(cfg, output, mode, command="hidreamer tworooms " + shlex.join(sys.argv[2:]))
     print(show(summary), output/"report"/"index.html", sep="\n")
 
 def info(run: Path | None = None,         # a run folder that the report is about

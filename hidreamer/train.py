@@ -84,7 +84,7 @@ class TrainConfig(Config):
     dream_context: int = 8          # real frames before a dream
     dream_repeat: int = 4           # dreams from the same context
     horizon: int = 15               # imagined steps per dream
-    near_rewards: float = 0.        # share of segments with a reward, and of dreams that begin within two horizons before one: half gains, half losses
+    near_rewards: float = 0.        # share of segments with a reward and, where no critic hears real ones (ppo.real), of dreams that begin before one
     lr: float = 1e-3                # AdamW, world
     tokens_lr: float = 2e-3         # AdamW, tokenizer
     beta2: float = 0.98             # AdamW
@@ -159,7 +159,7 @@ class TrainConfig(Config):
     @property
     def real(self) -> float: return self.ppo.real if self.learner == "ppo" else 0.          # how much the critic hears of real rewards
     @property
-    def folder(self) -> Path: return Path(self.run or f"runs/{self.env}-{self.world}-{self.preset}-{self.seed}")
+    def folder(self) -> Path: return Path(self.run or f"runs/{self.env}-{self.world}-{self.preset}-{self.seed}").expanduser()
 
 # %% ../nbs/60_train.ipynb #cell-006
 def quick() -> TrainConfig:
@@ -192,7 +192,7 @@ def debug() -> TrainConfig:
                        replay=ReplayConfig(capacity=1_000), atari=EnvConfig(time_limit=800), model=tiny())
 
 def small() -> HiDreamerConfig:
-    "A world for CPUs: six million parameters (three in the preset `cpu`, of half the width), three levels of 64 codes."
+    "A world for CPUs: six million parameters (three in the preset `cpu`, of half the width), three levels of 8 x 8 places."
     return HiDreamerConfig(tokens=TokenizerConfig(depth=16, blocks=2), transformer=TransformerConfig(layers=3, experts=(1, 2, 4)), halves=3, changes=24)
 
 def tiny() -> HiDreamerConfig:
@@ -261,7 +261,14 @@ class Trainer:
         if cfg.threads: torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed); keep_memory()
         self.device = find_device(cfg.device)
-        self.envs = Games(lambda: make_envs(cfg.env, cfg.envs, cfg.seed, cfg.atari), cfg.seed)
+        self.run, self.envs = None, Games(lambda: make_envs(cfg.env, cfg.envs, cfg.seed, cfg.atari), cfg.seed)
+        try: self.begin(cfg, new)
+        except BaseException:                            # what cannot begin stands in nobody's way
+            if self.run and new: (self.run.path/"config.json").unlink(missing_ok=True)
+            self.close(); raise
+
+    def begin(self, cfg: TrainConfig, new: bool):
+        "Build what learns and plays, and go on from the last checkpoint, if there is one."
         actions = int(self.envs.single_action_space.n)
         self.agent, self.chance = make_agent(cfg, actions).to(self.device), RandomAgent(actions, seed=cfg.seed)
         self.agent.record = cfg.record
@@ -278,7 +285,7 @@ class Trainer:
         elif cfg.compile and self.device.type == "cuda":
             for w in {self.world, self.agent.world}: w.fuse()
         self.clock = dict(steps=0, until=0, random=True, warm=0, world=0., dream=0., updates=0, minutes=0., over=0.)   # what was done so far
-        self.recent, self.logs, self.seconds, self.row, self.judged = [], {}, {}, [0, 0, 0.], None
+        self.recent, self.logs, self.seconds, self.row, self.judged, self.stage = [], {}, {}, [0, 0, 0.], None, "collect"
         self.unit = self.saving = 1.                     # seconds that a unit of work, and a checkpoint, may take
         last = self.run.latest()
         if last: self.replay = Replay.load(last.replay_path or last.path, self.run.path/"replay")
@@ -376,12 +383,19 @@ class Trainer:
     @contextmanager
     def timed(self, stage: str):
         began = time.perf_counter()
+        if self.device.type == "cuda" and stage != self.stage: torch.cuda.synchronize(); began = self.spent(self.stage, began)     # its own work is done now
+        self.stage = stage
         try:
             with enough_memory(LOWER.get(stage, "--envs")): yield
         except RuntimeError as e:
             if not any(said in str(e) for said in ("probability tensor", "device-side assert")): raise
             check_finite(torch.tensor(math.nan), {f"{stage}/probabilities of actions": math.nan}, self.clock["steps"])
-        self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - began
+        self.spent(stage, began)
+
+    def spent(self, stage: str, began: float) -> float:
+        "Book the time since `began` as that of a stage; returns what time it is."
+        now = time.perf_counter(); self.seconds[stage] = self.seconds.get(stage, 0.) + now - began
+        return now
 
     def note(self, stage: str, logs: dict):
         "Sums of what is logged, until `flush` writes the means. Only numbers are kept: a tensor would keep its whole graph alive."
@@ -427,7 +441,7 @@ class Trainer:
         while self.clock["steps"] < self.clock["until"]: self.play()
 
     def rates(self, share: float):
-        "Learning rates rise over 50 steps and fall with `share` of the work done."
+        "Learning rates rise over the run's first 50 updates, those of the tokenizer alone included, and fall with `share` of the work done."
         for g in self.optimizer.param_groups:
             rate = g["top"] * min(1., (self.clock["updates"] + 1) / 50) * (1 - (1 - self.cfg.lr_end) * min(1., share))
             if self.device.type != "cuda": g["lr"] = rate
@@ -540,7 +554,8 @@ class Trainer:
                 while c["dream"] < c["steps"] * cfg.dream_ratio: self.learn_behaviour(); yield "behaviour"
             self.flush()
             if c["steps"] >= cfg.steps: return
-            self.begin_block(min(cfg.block, cfg.steps - c["steps"]), random=c["steps"] < cfg.random_steps)
+            random = c["steps"] < cfg.random_steps
+            self.begin_block(min(cfg.block, (cfg.random_steps if random else cfg.steps) - c["steps"]), random)
 
     def units(self) -> tuple[int, int]:
         "Units of learning done, and in all: what the progress bar counts."
@@ -551,8 +566,8 @@ class Trainer:
 
     def late(self) -> bool:
         "Is the time over that `max_minutes` allows, but for what another unit of work and a checkpoint may take?"
-        left, most = 60 * self.cfg.max_minutes - (time.time() - self.began), self.cfg.max_minutes
-        return 0 < most <= self.clock["over"] or most > 0 and left < 2 * (self.unit + self.saving)          # it was over before: it stays so
+        most, left = self.cfg.max_minutes, 60 * self.cfg.max_minutes - (time.time() - self.began)
+        return most > 0 and (self.clock["over"] >= most or left < 2 * (self.unit + self.saving))             # it was over before: it stays so
 
     def learn(self):
         "All the learning, with a progress bar; saves on the way, on Ctrl-C, on SIGTERM and before the time is over."
@@ -619,7 +634,9 @@ class Trainer:
         cost = rollout_cost(self.agent.world, self.agent.world.repeat(state, rows), self.cfg.horizon)
         return costs_json({self.cfg.world: cost}, training_seconds=sum(self.seconds.get(k, 0.) for k in ("tokens", "codes", "world", "behaviour")))
 
-    def close(self): self.envs.close(); self.run.close()
+    def close(self):
+        self.envs.close()
+        if self.run: self.run.close()
 
 # %% ../nbs/60_train.ipynb #cell-009
 def fits(own, x, name: str) -> None:
@@ -740,7 +757,7 @@ def train(cfg: TrainConfig) -> Path:
     try:
         if t.clock["steps"]: tqdm.write(f"resuming {t.run.path} at step {t.clock['steps']:,}")
         t.learn()
-        if t.judged == t.row: tqdm.write(f"{t.run.path} is finished"); return t.run.path
+        if t.judged == t.row: tqdm.write(f"{t.run.path} is finished. `hidreamer eval {t.run.path}` plays more games."); return t.run.path
         s = t.judge()
         said = lambda x: f"{x['mean']:.2f}" + (" ({:.2f} to {:.2f})".format(*x["interval"]) if x["interval"] else "")
         tqdm.write(f"{cfg.env}: {said(s)} over {len(s['returns'])} games, random {said(s['random'])}; report: {t.run.path / 'report' / 'index.html'}")
@@ -765,7 +782,9 @@ def load_world(run: str | Path, device: str = "auto") -> WorldModel:
 
 # %% ../nbs/60_train.ipynb #pub002
 def publish(run: str | Path, out: str | Path | None = None) -> Path:
-    "The newest checkpoint's agent in one file, `out`, or ENV-WORLD-SEED.safetensors in the run's folder. Returns its path."
+    """The newest checkpoint's agent in one file, `out`, or ENV-WORLD-SEED.safetensors in the run's folder. Returns its path.
+
+    Matrices, those of the tokenizer excepted, are rounded to bfloat16."""
     r = Run(run); last, cfg = r.checkpoint(), TrainConfig.from_dict(r.config).check()
     small = lambda k, v: v.ndim >= 2 and v.is_floating_point() and not k.startswith("world.tokenizer.")
     weights = {k: (v.bfloat16() if small(k, v) else v).contiguous() for k, v in last.model().items()}
@@ -778,7 +797,9 @@ def publish(run: str | Path, out: str | Path | None = None) -> Path:
     return path
 
 def folder_of(run: str | Path) -> Path:
-    "`run`, or, if it is a file from `publish`, the run folder beside it, of the same name; it is made if it is not there."
+    """`run`, or, if it is a file from `publish`, the run folder beside it, of the same name; it is made if it is not there.
+
+    Where the file has changed since, it is made anew, and what was written there (scores, films) is lost."""
     run = Path(run)
     if not run.is_file(): return run
     folder = run.with_suffix("")

@@ -101,5 +101,4 @@ class RandomAgent:
     def act(self, frames: UInt8[Tensor, "n c h w"], first: Bool[Tensor, "n"], greedy: bool = False) -> Int[Tensor, "n"]:
         "Uniform actions; `first` and `greedy` change nothing."
         return torch.randint(self.n, (len(frames),), generator=self.generator).to(frames.device)
-    def state_dict(self) -> dict: return {}
-    def load_state_dict(self, d: dict) -> None: check(not d, "state_dict", sorted(d)[:3], "must be empty: a random agent has no weights")
+

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['labelled', 'hand_of', 'Maps', 'Reader', 'ImaginedState', 'compare_places', 'imagined_state', 'imagined_rewards',
-           'imagined_codes', 'ask_runs', 'main']
+           'imagined_codes', 'same_game', 'ask_runs', 'main']
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #113480bf
 import argparse
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -26,32 +28,36 @@ from ..data.envs import EnvConfig, ball_and_paddles, make_envs, ram
 from .rollouts import choose_starts, clustered, rollout_frames
 from .scores import own_randomness
 from .tokens import r2, r2_interval
-from ..run import provenance
+from ..run import explained, provenance, write_atomic
 from ..worlds.hidreamer import HiDreamer, nats
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #af332590
 def labelled(game: str, steps: int, seed: int, num_envs: int = 8, agent=None,
              cfg: EnvConfig | None = None) -> list[tuple[Segment, np.ndarray]]:
-    "Games as (episode (b=1), console memory (t 128)), cut into stretches of at most 500 frames: random play, or that of an `Agent`."
-    envs, rng = make_envs(game, num_envs, seed, cfg, labels=True), np.random.default_rng(seed)
-    obs, _ = envs.reset()
-    rows = [[] for _ in range(num_envs)]; out, done, first = [], np.zeros(num_envs, bool), np.ones(num_envs, bool)
+    """Games as (episode (b=1), console memory (t 128)), some `steps` frames in all: random play, or that of an `Agent`.
+
+    Games that are going on after so many steps are cut there, and nowhere else; of less than 32 frames they are left out."""
+    rows, out, done, first = [[] for _ in range(num_envs)], [], np.zeros(num_envs, bool), np.ones(num_envs, bool)
     if agent: agent.reset(); agent.seed(seed)
     def close(i):
-        f, m, a, r = (np.stack(x) for x in zip(*rows[i])); rows[i] = []
-        if len(f) < 32: return
+        row, rows[i] = rows[i], []
+        if len(row) < 32: return
+        f, m, a, r = (np.stack(x) for x in zip(*row))
         no = torch.zeros(1, len(f), dtype=torch.bool); begins = no.clone(); begins[0, 0] = True
         out.append((Segment(torch.from_numpy(f)[None], torch.from_numpy(a)[None], torch.from_numpy(r)[None].float(), no, begins), m))
-    while sum(s.time for s, _ in out) < steps:
-        memory = ram(envs)
-        actions = np.asarray(agent.act(torch.from_numpy(obs), torch.from_numpy(first))) if agent else rng.integers(envs.single_action_space.n, size=num_envs)
-        seen, over = obs.copy(), done
-        obs, rewards, terminated, truncated, _ = envs.step(actions)
-        for i in range(num_envs):
-            if not over[i]: rows[i].append((seen[i], memory[i].copy(), actions[i], rewards[i]))
-            if rows[i] and (over[i] or len(rows[i]) >= 500): close(i)
-        done, first = (terminated | truncated) & ~done, over
-    envs.close()
+    with closing(make_envs(game, num_envs, seed, cfg, labels=True)) as envs:
+        (obs, _), rng = envs.reset(), np.random.default_rng(seed)
+        for _ in range(-(-steps // num_envs)):
+            memory = ram(envs)
+            if agent: actions = np.asarray(agent.act(torch.from_numpy(obs), torch.from_numpy(first)))
+            else: actions = rng.integers(envs.single_action_space.n, size=num_envs)
+            seen, over = obs.copy(), done
+            obs, rewards, terminated, truncated, _ = envs.step(actions)
+            for i in range(num_envs):
+                if over[i]: close(i)
+                else: rows[i].append((seen[i], memory[i].copy(), actions[i], rewards[i]))
+            done, first = (terminated | truncated) & ~done, over
+    for i in range(num_envs): close(i)
     return out
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #7f4d0597
@@ -152,13 +158,11 @@ def imagined_state(world, reader: Reader, episodes: list[tuple[Segment, np.ndarr
     "Where things are in imagined frames, true actions, on `episodes` from `labelled` that neither the world nor the reader has seen."
     where = choose_starts([e.time for e, _ in episodes], context, max(horizons), starts, seed)
     segs = [episodes[i][0][:, p - context + 1:p + max(horizons) + 1] for i, p in where]
-    device, was, dreamt = next(world.parameters()).device, world.training, []
-    world.eval()
-    with torch.no_grad(), own_randomness(seed), autocast(device):
+    device, dreamt = next(world.parameters()).device, []
+    with torch.no_grad(), evaluating(world), own_randomness(seed), autocast(device):
         for i in range(0, len(segs), batch):
             seg = Segment.join(segs[i:i + batch]).to(device)
             dreamt.append({t: f[:, 0].cpu() for t, f in rollout_frames(world, seg[:, :context], seg.actions[:, context - 1:], tuple(horizons), 1).items()})
-    world.train(was)
     frames = lambda t: torch.cat([s.frames[:, context - 1 + t] for s in segs])
     truth = lambda t: ball_and_paddles(reader.game, np.stack([episodes[i][1][p + t] for i, p in where]))
     episode, rows, begin, copied = torch.tensor([i for i, _ in where]), [], truth(0), reader(frames(0))
@@ -179,6 +183,7 @@ def imagined_rewards(world, episodes: list[Segment], horizon: int = 30, parts: i
                      batch: int = 64) -> list[dict]:
     """Rewards won and lost per step in dreams with the true actions, by part of the horizon, beside those of the same steps of the real games.
 
+    A dream's reward is what it expects: a little doubt at every step counts as a little won or lost, and what may be either is neither.
     Rows: `steps` (first, last), and `true` and `dream`: dict of won and lost, each a mean with its 95% interval by episode."""
     check(1 <= parts <= horizon, "parts", parts, f"must be between 1 and horizon={horizon}")
     where = choose_starts([e.time for e in episodes], context, horizon, starts, seed)
@@ -201,11 +206,11 @@ def imagined_rewards(world, episodes: list[Segment], horizon: int = 30, parts: i
 @torch.no_grad()
 def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10, 15), context: int = 8, starts: int = 256, samples: int = 4,
                    seed: int = 0, batch: int = 32) -> list[dict]:
-    """Nats of a true frame's codes, by level and steps ahead, by what `samples` dreams with the true actions up to the frame before expect together.
+    """How well dreams foresee the frame t steps ahead: `samples` dreams follow the true actions up to the frame before, and the mean of what they expect
+    is asked for its true codes.
 
-    Rows: `level`, `t`, and dict of mean, low, high (95%, by episode) of: `nats`, each, of the codes that change in that step; `right`, the share of those
-    that is the most probable one; `marginal` and `usual`, the same by how often each place has each code in all contexts; `frame`, nats of all of
-    the level's codes.
+    Rows of `level`, `t` and, each with mean, low, high (95%, by episode): `nats` of a code that changes in that step; `right`, the share of these that
+    was the likeliest; `marginal` and `usual`, the same two for a guess by how often each place has each code; `frame`, nats of all the level's codes.
     A level is told the coarser codes of its frame. The temperature sharpens the dreams, not what is expected of the frame asked for."""
     check(min(horizons) >= 1 and samples >= 1, "horizons, samples", (tuple(horizons), samples), "must be steps ahead and dreams, 1 or more")
     where = choose_starts([e.time for e in episodes], context, max(horizons), starts, seed)
@@ -240,14 +245,20 @@ def imagined_codes(world: HiDreamer, episodes: list[Segment], horizons=(1, 5, 10
     return out
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #16fc8e0a
+def same_game(runs: list[str | Path]) -> tuple[str, EnvConfig]:
+    "The game of all these runs, and how they see it. Raises `HidreamerError` unless they agree and their folders have names of their own."
+    from hidreamer.run import Run
+    configs = [Run(r).config for r in runs]
+    names, games, envs = [Path(r).name for r in runs], {c["env"] for c in configs}, [EnvConfig.from_dict(c["atari"]) for c in configs]
+    check(len(set(names)) == len(names), "runs", names, "must have folders of different names")
+    check(len(games) == 1 and all(e == envs[0] for e in envs), "runs", sorted(games), "must be of one game, seen in one way")
+    return games.pop(), envs[0]
+
 def ask_runs(runs: list[str | Path], steps: int = 12_000, starts: int = 512, seed: int = 0) -> dict:
     "Imagined states of several runs of one game, JSON-able, by run folder's name."
-    from hidreamer.run import Run
     from hidreamer.train import load_world                 # one floor up, in time: training does not need this module
-    games = {Run(r).config["env"] for r in runs}
-    check(len(games) == 1, "runs", sorted(games), "must be of one game")
-    game, = games
-    games, episodes = labelled(game, steps, seed=2_000 + seed), labelled(game, steps // 2, seed=3_000 + seed)
+    game, cfg = same_game(runs)
+    games, episodes = (labelled(game, n, first + seed, cfg=cfg) for n, first in ((steps, 2_000), (steps // 2, 3_000)))
     def ask(world): return imagined_state(world, Reader(game, games, hand_of(world)), episodes, context=16, starts=starts, seed=seed).to_dict()
     return {Path(r).name: ask(load_world(r)) for r in runs}
 
@@ -259,8 +270,9 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--starts", type=int, default=512); p.add_argument("--seed", type=int, default=0)
     arguments = sys.argv[1:] if arguments is None else arguments
     a = p.parse_args(arguments)
-    command = "python -m hidreamer.evaluate.imagined " + " ".join(arguments)
-    a.out.write_text(json.dumps(dict(provenance=provenance() | dict(command=command), runs=ask_runs(a.runs, a.steps, a.starts, a.seed)), indent=1))
+    command = "python -m hidreamer.evaluate.imagined " + shlex.join(arguments)
+    with explained(a.out): a.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(a.out, json.dumps(dict(provenance=provenance() | dict(command=command), runs=ask_runs(a.runs, a.steps, a.starts, a.seed)), indent=1).encode())
 
 # %% ../../nbs/61_evaluate.imagined.ipynb #41b8d68c
 #| eval: false

@@ -15,6 +15,7 @@ import os
 import platform
 import runpy
 import subprocess
+import shlex
 import sys
 import time
 import warnings
@@ -275,7 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = p.parse_args(arguments); add(args.adapters); args.arms = args.arms or cloned(args.peers); check_asked(args)
     began, arms = time.time(), start(args.peers, args.arms, args.precision, args.adapters)
     facts = {n: a.facts | dict(precision=args.precision) | (origin(args.peers/ARMS[n][1].split("/")[0]) if ARMS[n][1] else {}) for n, a in arms.items()}
-    said = provenance() | dict(command="python -m hidreamer.evaluate.peers " + " ".join(arguments))
+    said = provenance() | dict(command="python -m hidreamer.evaluate.peers " + shlex.join(arguments))
     where = machine(torch.device("cpu")) | dict(python=platform.python_version(), precision=args.precision, threads=1)
     out = dict(provenance=said, machine=where, arms=facts, results=[])
     for r in cases(arms, args.batches, args.repeats, args.least, not args.no_train):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['INK', 'GRID', 'SERIES', 'VARIABLES', 'LIGHT', 'CSS', 'TITLES', 'FEW', 'MOST', 'number', 'span', 'score_verdict',
-           'rollout_verdict', 'figure', 'svg', 'draw_scores', 'curves', 'thin', 'draw_curve', 'table', 'missing',
-           'tile', 'embed', 'Folder', 'option', 'command', 'headline', 'dreams', 'learning', 'stages', 'costs',
-           'write_report']
+           'rollout_verdict', 'figure', 'svg', 'draw_scores', 'draw_rollout', 'curves', 'thin', 'draw_curve', 'table',
+           'missing', 'tile', 'embed', 'Folder', 'option', 'command', 'headline', 'dreams', 'learning', 'stages',
+           'costs', 'write_report']
 
 # %% ../../nbs/61_evaluate.report.ipynb #cell-003
 import base64
@@ -24,7 +24,7 @@ from ..run import flatten, read_rows
 
 # %% ../../nbs/61_evaluate.report.ipynb #cell-007
 def number(x) -> str:
-    "A figure for people: four significant digits at most, thousands separated."
+    "A figure for people: all digits before the point from 1,000 on and of whole numbers, in groups of three; else two or three digits."
     if x is None: return "?"
     if isinstance(x, bool) or not isinstance(x, (int, float)): return str(x)
     if x != x or abs(x) == float("inf"): return str(x)
@@ -124,6 +124,10 @@ def draw_scores(s: dict):
         ax.grid(False); ax.grid(True, axis="x"); ax.set_xlabel("return of a game (dots); mean and its 95% interval (bars)")
     return draw
 
+def draw_rollout(r: dict):
+    "What `rollouts.json` holds, as `plot_rollout` draws it."
+    return lambda ax, paint: plot_rollout(r["rows"], ax, tuple(map(paint, (SERIES[0], SERIES[1], INK))))
+
 # %% ../../nbs/61_evaluate.report.ipynb #cell-016
 def curves(rows: list[dict]) -> dict[str, dict[str, dict[str, tuple]]]:
     """Metric rows as group -> chart -> line -> (steps, values). Lines of one chart differ in a trailing number: `nll_l0`, `nll_l1`;
@@ -134,7 +138,7 @@ def curves(rows: list[dict]) -> dict[str, dict[str, dict[str, tuple]]]:
         points = [(s, v) for s, v in points if v == v and abs(v) < 1e30]
         if not points: continue
         group, _, rest = name.rpartition("/") if "/" in name else ("other", "", name)
-        chart = "return" if group == "score" and rest in ("mean", "recent", "episode") else re.sub(r"[_/]?l?\d+$", "", rest) or rest
+        chart = "return" if group == "score" and rest in ("mean", "recent", "episode") else re.sub(r"(?:[_/]l?)?\d+$", "", rest) or rest
         out.setdefault(group, {}).setdefault(chart, {})[rest] = thin(*map(np.array, zip(*points)))
     return out
 
@@ -278,12 +282,11 @@ def dreams(f: Folder) -> str:
     r = f.rollouts; cell = lambda c: "" if not c or c["mean"] is None else f"{c['mean'] * 1e3:.2f}" + (
         "" if c["low"] is None else f" [{c['low'] * 1e3:.2f}, {c['high'] * 1e3:.2f}]")
     names = [k for k in r["rows"][0] if k not in ("t", "changed_share")]
-    draw = lambda ax, paint: plot_rollout(r["rows"], ax, tuple(map(paint, (SERIES[0], SERIES[1], INK))))
     body = table([[x["t"], *(cell(x.get(n)) for n in names)] for x in r["rows"]], ["steps ahead", *(n.replace("_", " ") for n in names)])
     about = (f"Mean squared error ×10⁻³ of frames in [0, 1], with 95% intervals; {r.get('starts')} starts in {r.get('episodes')} episodes, "
              f"{r.get('samples')} samples each, {r.get('context')} real frames before; resampled by {r.get('clusters')}. Copying is "
              "wrong on changed pixels by definition.")
-    chart = svg(draw, 9, 3, "rollout error by horizon")
+    chart = svg(draw_rollout(r), 9, 3, "rollout error by horizon")
     return out + (f'<p class=lead>{escape(rollout_verdict(r))}</p><div class="card wide">{chart}</div>'
                   f'<details><summary>Figures</summary><div class=card>{body}</div></details><p class=note>{escape(about)}</p>')
 
@@ -328,10 +331,10 @@ def costs(f: Folder) -> str:
                 ax.annotate(f"{times[n] / 60:.1f}", (times[n] / 60, i), (4, 0), textcoords="offset points", va="center")
             ax.grid(False); ax.set_xticks([]); ax.spines["bottom"].set_visible(False); ax.set_title("minutes by stage")
         out += f'<div class="card wide">{svg(draw, 9, .6 + .32 * len(times), "minutes by stage")}</div>'
-    facts = [("command", command(f)), ("commit", s.get("commit")), ("wall time", s.get("wall_time") and f"{s['wall_time'] / 60:.1f} min")]
+    facts = [("commit", s.get("commit")), ("wall time", s.get("wall_time") and f"{s['wall_time'] / 60:.1f} min")]
     facts += [(k, v) for part in ("hardware", "versions") for k, v in (s.get(part) or {}).items()]
     out += f"<div class=card><pre>{escape(command(f))}</pre></div>"
-    out += f"<div class='card cols'>{table([(k, v) for k, v in facts[1:] if v not in (None, [], '')])}</div>" if len(facts) > 3 else ""
+    out += f"<div class='card cols'>{table([(k, v) for k, v in facts if v not in (None, [], '')])}</div>" if len(facts) > 2 else ""
     if not f.config: return out + missing("No config.", "hidreamer train")
     return out + f"<details><summary>Config</summary><div class='card cols'>{table(flatten(f.config).items())}</div></details>"
 
@@ -348,7 +351,6 @@ def write_report(run: str | Path) -> Path:
     if f.scores:
         with figure(draw_scores(f.scores), 9, 2.2, LIGHT) as fig: fig.savefig(folder/"score.png", dpi=120, facecolor="white")
     if f.rollouts:
-        draw = lambda ax, paint: plot_rollout(f.rollouts["rows"], ax, tuple(map(paint, (SERIES[0], SERIES[1], INK))))
-        with figure(draw, 9, 3, LIGHT) as fig: fig.savefig(folder/"rollouts.png", dpi=120, facecolor="white")
+        with figure(draw_rollout(f.rollouts), 9, 3, LIGHT) as fig: fig.savefig(folder/"rollouts.png", dpi=120, facecolor="white")
     tmp = folder/".index.html"; tmp.write_text(page, encoding="utf-8"); tmp.replace(folder/"index.html")
     return folder/"index.html"

@@ -13,6 +13,7 @@ import argparse
 import copy
 import itertools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from ..behave.agent import Agent
 from ..behave.imagine import evaluating, imagine
 from ..behave.ppo import PPO, Policy, PPOConfig
 from ..core import HidreamerError, Segment, autocast, check, keep_memory, seed_everything
-from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_rewards, imagined_state, labelled
+from ..evaluate.imagined import Reader, hand_of, imagined_codes, imagined_rewards, imagined_state, labelled, same_game
 from ..evaluate.tokens import linear_probe, persistence
 from ..nets.transformer import TransformerConfig
 from ..data.envs import RAM, EnvConfig, ball_and_paddles, game_id, make_envs
@@ -65,9 +66,9 @@ def at_temperature(world: HiDreamer, temperature: float, ask):
     try: return ask()
     finally: world.cfg = own
 
-def games_to_ask(game: str, frames: int) -> tuple[list, list]:
+def games_to_ask(game: str, frames: int, cfg: EnvConfig | None = None) -> tuple[list, list]:
     "Random play for probes to learn from, and `frames` frames that they have not seen, to ask about."
-    return labelled(game, 2 * frames, seed=2_000), labelled(game, frames, seed=3_000)
+    return labelled(game, 2 * frames, seed=2_000, cfg=cfg), labelled(game, frames, seed=3_000, cfg=cfg)
 
 def replay_of(run: str | Path, whole: bool = True) -> Replay:
     "What a run has played; if `whole`, it must still have its first steps."
@@ -167,19 +168,23 @@ def changed(cfg: HiDreamerConfig, arm: str, codes: bool = True) -> HiDreamerConf
     check(new != cfg or arm == "as it is" or "tokens" in ARMS[arm], "arm", arm, "is what this design is already")
     return new
 
-def learn(world: HiDreamer, sample: Callable[[], Segment], updates: int, lr: float, lr_end: float = .1, name: str = "",
-          after: Callable[[int], None] = lambda i: None) -> list[dict]:
-    "Train everything but the tokenizer on segments with codes, `after` every update's number; every fiftieth update's logs."
+def learn(world: HiDreamer, games: Replay, cfg: TrainConfig, updates: int, seed: int, near: float, lr_end: float = .1, ema: float = .995,
+          name: str = "") -> tuple[HiDreamer, list[dict]]:
+    """Train everything but the tokenizer, as a run of `cfg` does, on games with codes; every arm with the same `seed` from the same segments, of which
+    `near` are near rewards. Returns the mean of the weights, as a world, and every fiftieth update's logs; `world` has the last weights."""
+    mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)
     device, out = next(world.parameters()).device, []
     params = next(g["params"] for g in world.groups() if g["name"] == "world")
-    opt = torch.optim.AdamW(params, lr, betas=(.9, .98), weight_decay=1e-3, fused=True)
+    opt = torch.optim.AdamW(params, cfg.lr, betas=(.9, cfg.beta2), eps=cfg.eps, weight_decay=cfg.weight_decay, fused=True)
     world.learn_tokens = False; world.train()
     for i in tqdm(range(updates), desc=name, unit="update", mininterval=1):
-        opt.param_groups[0]["lr"] = lr * min(1, (i + 1) / 50) * (1 - (1 - lr_end) * i / updates)
-        with autocast(device): loss, logs = world.loss(sample().to(device))
-        opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, 100.); opt.step(); world.after_update(); after(i)
+        opt.param_groups[0]["lr"] = cfg.lr * min(1, (i + 1) / 50) * (1 - (1 - lr_end) * i / updates)
+        with autocast(device, cfg.precision): loss, logs = world.loss(games.sample(cfg.batch, cfg.length, generator, near).to(device))
+        opt.zero_grad(set_to_none=True); loss.backward(); nn.utils.clip_grad_norm_(params, cfg.max_grad); opt.step()
+        world.after_update(); follow(mean, world, ema, i)
         if (i + 1) % 50 == 0 or i + 1 == updates: out.append(dict(update=i + 1) | {k: float(v) for k, v in logs.items()})
-    return out
+    mean.learn_tokens = False
+    return mean.eval(), out
 
 # %% ../../nbs/75_studies.atari.ipynb #atari010
 def anew(base: HiDreamer, arm: str, seed: int, tokenizer: Tokenizer | None = None) -> HiDreamer:
@@ -192,11 +197,13 @@ def begun(out: Path, settings: dict) -> dict:
     "The report that `out` holds, if it was made with the same settings, or a new one."
     report = json.loads(out.read_text()) if out.exists() else dict(settings=settings, rows=[])
     check(report.get("settings") == settings, "out", str(out), f"was made with other settings: {report.get('settings')}", "Name another file.")
+    for row in report["rows"]: row.setdefault("commit", report.get("provenance", {}).get("commit"))
     return report
 
 def keep(report: dict, out: Path, command: str) -> dict:
-    "Write a report, with commit, versions, hardware and the command that made it."
+    "Write a report, with commit, versions, hardware and the command that made it; every row with the commit that it is of."
     report["provenance"] = provenance() | dict(command=command)
+    for row in report.get("rows", []): row.setdefault("commit", report["provenance"]["commit"])          # a study goes on with another day's code
     out.parent.mkdir(parents=True, exist_ok=True); write_atomic(out, json.dumps(report, indent=1).encode())
     return report
 
@@ -211,7 +218,7 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
     check(updates >= 1, "updates", updates, "must be at least 1"); check(0 < ema < 1, "ema", ema, "must be in (0, 1)")
     for share in near_rewards: check(0 <= share <= 1, "near_rewards", share, "must be in [0, 1]")
     for arm in arms: changed(base.cfg, arm, codes=False)
-    replay, (shown, held) = replay_of(run, whole=False), games_to_ask(cfg.env, asked)
+    replay, (shown, held) = replay_of(run, whole=False), games_to_ask(cfg.env, asked, cfg.atari)
     reader, segs = Reader(cfg.env, shown, hand_of(base)), [e for e, _ in held]
     replay.remember(coder_of(base, cfg))
     report = begun(out, dict(run=Path(run).name, step=c.step, updates=updates, ema=ema, asked=asked))
@@ -219,9 +226,7 @@ def steady(run: str | Path, seeds: list[int], out: Path, updates: int = 1500, em
         key = dict(seed=seed, arm=arm, near_rewards=share)
         if any(key.items() <= x.items() for x in report["rows"]): continue
         world = anew(base, arm, seed)
-        mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)               # every arm learns from the same segments
-        learn(world, lambda: replay.sample(cfg.batch, cfg.length, generator, share), updates, cfg.lr, 1., f"{arm}, {share:g} near rewards, seed {seed}",
-              lambda i: follow(mean, world, ema, i))
+        mean, _ = learn(world, replay, cfg, updates, seed, share, 1., ema, f"{arm}, {share:g} near rewards, seed {seed}")
         for which, w in (("last weights", world), ("their mean", mean)):
             dream = imagined_state(w.eval(), reader, held, context=16, starts=512)
             report["rows"].append(key | dict(weights=which, next=token_accuracy(w, segs), dream=dream.to_dict(),
@@ -261,13 +266,15 @@ def model_free(game: str, seed: int, at: list[int], tell: Callable[[dict], None]
         from stable_baselines3 import PPO
         from stable_baselines3.common.callbacks import BaseCallback
     except ImportError as e: raise HidreamerError("stable_baselines3: is not installed. pip install stable-baselines3") from e
-    cfg, left, began = EnvConfig(size=84, grey=True, stack=4), sorted(at), time.time()
+    cfg, left, began, judged = EnvConfig(size=84, grey=True, stack=4), sorted(at), time.time(), 0.
     class Judge(BaseCallback):
         def _on_step(self): bar.update(self.model.n_envs); return True
         def _on_rollout_start(self):                     # after the update that the last steps were for
+            nonlocal judged
             while left and self.num_timesteps >= left[0]:
-                s = evaluate(Sb3Agent(self.model), game, episodes, seed, cfg=cfg)
-                tell(dict(game=game, seed=seed, at=left.pop(0), trained_steps=self.num_timesteps, wall_time=time.time() - began) | s.to_dict())
+                so_far = time.time() - began - judged                    # seconds of learning
+                s = evaluate(Sb3Agent(self.model), game, episodes, seed, cfg=cfg); judged += s.seconds
+                tell(dict(game=game, seed=seed, at=left.pop(0), trained_steps=self.num_timesteps, wall_time=so_far) | s.to_dict())
     envs = for_sb3(make_envs(game, 8, seed, replace(cfg, life_loss=True)))
     try:
         model = PPO("CnnPolicy", envs, n_steps=128, n_epochs=4, batch_size=256, learning_rate=lambda share: 2.5e-4 * share,
@@ -364,17 +371,19 @@ def stretch(replay: Replay, begin: int, end: int) -> Replay:
 
 @torch.no_grad()
 def nats_of(world: HiDreamer, replay: Replay, cfg: TrainConfig, windows: int = 384, batch: int = 24, seed: int = 0) -> dict[str, float]:
-    "Nats a frame that a world needs for the games of a replay: mean and 95% interval over batches of windows; and the mean of every part of the loss."
+    """Nats a frame that a world needs for the games of a replay, rewards and ends included: mean and 95% interval; and the mean of every part of the loss.
+
+    The interval is that of drawing windows from these games, not of other games."""
     generator, rows = torch.Generator().manual_seed(seed), []
     with evaluating(world), own_randomness(seed), autocast(torch.device("cpu"), cfg.precision):
         for _ in range(windows // batch):
-            loss, logs = world.loss(replay.sample(batch, cfg.length, generator))
-            rows.append({k: float(v) for k, v in logs.items() if v.ndim == 0} | dict(loss=float(loss)))
-    low, high = bootstrap_interval([r["loss"] for r in rows])
-    mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
-    return dict(mean=mean.pop("loss"), low=low, high=high, parts=mean)
+            _, logs = world.loss(replay.sample(batch, cfg.length, generator))
+            rows.append({k: float(v) for k, v in logs.items() if v.ndim == 0})
+    asked = [k for k in rows[0] if k in ("nll_gate", "reward", "cont") or k.startswith("nll_l")]         # and no side losses, which arms may have
+    whole = [sum(r[k] for k in asked) for r in rows]; low, high = bootstrap_interval(whole)
+    return dict(mean=float(np.mean(whole)), low=low, high=high, parts={k: float(np.mean([r[k] for r in rows])) for k in rows[0]})
 
-def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1200, learned: int = 12_000, asked: int = 8_000,
+def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, updates: int = 1200, learned: int = 12_000, asked: int = 6_000,
              command: str = "") -> dict:
     """Nats a frame of a run's world on games that it has learned from and on new ones of its agent, with what dreams of both pay; and the nats of worlds
     that learn anew from `learned` steps of the run, those after its random play: on these, on the `asked` steps that came next, and on the new games.
@@ -401,9 +410,7 @@ def by_heart(run: str | Path, arms: list[str], seeds: list[int], out: Path, upda
     for seed, arm in itertools.product(seeds, arms):
         if any((x["arm"], x["seed"]) == (arm, seed) for x in report["rows"]): continue
         world = anew(base, arm, seed)
-        mean, generator = copy.deepcopy(world), torch.Generator().manual_seed(seed)               # every arm learns from the same segments
-        learn(world, lambda: some.sample(cfg.batch, cfg.length, generator, cfg.near_rewards), updates, cfg.lr, name=f"{arm}, seed {seed}",
-              after=lambda i: follow(mean, world, cfg.ema, i))
+        mean, _ = learn(world, some, cfg, updates, seed, cfg.near_rewards, ema=cfg.ema, name=f"{arm}, seed {seed}")
         report["rows"].append(dict(arm=arm, seed=seed) | {k: nats_of(mean, x, cfg) for k, x in dict(learned=some, next=soon, new=new).items()})
         keep(report, out, command)
     return report
@@ -435,7 +442,7 @@ def lost_points(agent: Agent, games: Replay, before: int = 10, horizon: int = 15
             rows.append(dict(own=float(own), out=float(pay(state, [ways[best]], 4 * dreams)), way=ways[best], sure=float(sure)))
     return rows
 
-def lost(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
+def lost(run: str | Path, out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`lost_points` of new games that the agent of a run plays."
     keep_memory(); trained(run); cfg, agent = TrainConfig.from_dict(Run(run).config), load_agent(run, "cpu")
     games = new_games(agent, cfg, asked)
@@ -472,7 +479,7 @@ def at_turns(world: HiDreamer, reader: Reader, episodes: list[Segment], precisio
         with evaluating(world), own_randomness(seed), autocast(torch.device("cpu"), precision):
             for part in (Segment.join(segs[i:i + batch]) for i in range(0, len(segs), batch)):
                 codes = world.codes(part)
-                levels = zip(world.predict(codes, part.actions)[0], codes.split(world.sizes, -1))
+                levels = zip(world.predict(codes, part.actions), codes.split(world.sizes, -1))
                 cost.append(sum(nats(z, c[:, 1:].flatten(0, 1)).sum(-1) for z, c in levels).view(part.batch, -1))
                 dreamt.append(rollout_frames(world, part[:, :context], part.actions[:, context - 1:], tuple(lead + s for s in steps), dreams))
         cost, episode = torch.cat(cost), np.array([i for i, _ in at])
@@ -486,7 +493,7 @@ def at_turns(world: HiDreamer, reader: Reader, episodes: list[Segment], precisio
                              there=share(there), right=share(there & (far[0] < near) & (far[1] < near))))
     return rows
 
-def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> dict:
+def hits(run: str | Path, out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`at_turns` of a run's world in the middle of the games that it has learned from, and in new games of its agent, `asked` steps of each."
     keep_memory(); base, r = trained(run), Run(run)
     cfg, c = TrainConfig.from_dict(r.config), r.checkpoint()
@@ -494,7 +501,7 @@ def hits(run: str | Path, out: Path, asked: int = 8_000, command: str = "") -> d
     replay, rows = replay_of(run), asked // cfg.envs
     check(0 < rows <= replay.rows, "asked", asked, f"must be between {cfg.envs} and the run's {replay.rows * cfg.envs} steps")
     begin = (replay.rows - rows) // 2
-    reader = Reader(cfg.env, labelled(cfg.env, 12_000, seed=2_000), hand_of(base))
+    reader = Reader(cfg.env, labelled(cfg.env, 12_000, seed=2_000, cfg=cfg.atari), hand_of(base))
     ask = lambda x: at_turns(base, reader, x.episodes(whole=False), cfg.precision)
     learned, new = ask(stretch(replay, begin, begin + rows)), ask(new_games(load_agent(run, "cpu"), cfg, asked))
     return keep(dict(run=Path(run).name, step=c.step, asked=asked, learned=learned, new=new), out, command)
@@ -508,12 +515,10 @@ def scores_of(runs: list[Path], out: Path, command: str = "") -> dict:
 
 def look_at(runs: list[Path], temperatures: list[float], out: Path, asked: int = 6_000, command: str = "") -> dict:
     "`look` at several runs of one game."
-    games = {Run(r).config["env"] for r in runs}
-    check(len(games) == 1, "runs", sorted(games), "must be of one game")
-    check(len({r.name for r in runs}) == len(runs), "runs", [str(r) for r in runs], "must have folders of different names")
+    game, cfg = same_game(runs)
     for r in runs: trained(r)
     for t in temperatures: check(0 < t <= 2, "temperatures", t, "must be in (0, 2]")
-    shown, episodes = games_to_ask(*games, asked)
+    shown, episodes = games_to_ask(game, asked, cfg)
     return keep(dict(runs={r.name: look(r, shown, episodes, temperatures) for r in runs}), out, command)
 
 def main(arguments: list[str] | None = None) -> None:
@@ -545,7 +550,7 @@ def main(arguments: list[str] | None = None) -> None:
     for k in (look, mean): k.add_argument("--asked", type=int, default=6_000, help="frames of random play to ask about")
     for k in (heart, missed, paddles): k.add_argument("--asked", type=int, default=6_000, help="steps of new games of the run's agent to ask about")
     chosen = vars(p.parse_args(arguments))
-    chosen.pop("f")(**chosen, command="python -m hidreamer.studies.atari " + " ".join(arguments))
+    chosen.pop("f")(**chosen, command="python -m hidreamer.studies.atari " + shlex.join(arguments))
 
 # %% ../../nbs/75_studies.atari.ipynb #atari013
 #| eval: false

@@ -9,6 +9,7 @@ __all__ = ['WORLDS', 'MEASURES', 'figures', 'parts', 'probes', 'same_games', 'co
 # %% ../../nbs/71_studies.hdreamer.ipynb #9b53fd72
 import argparse
 import json
+import shlex
 import sys
 import time
 from dataclasses import replace
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     a = p.parse_args(arguments)
     result = study(a.env, a.seeds, a.steps, a.runs, random_steps=a.random_steps, episodes=a.episodes, threads=a.threads, replay_ratio=a.replay_ratio,
                    dream_ratio=a.dream_ratio)
-    command = "python -m hidreamer.studies.hdreamer " + " ".join(arguments)
+    command = "python -m hidreamer.studies.hdreamer " + shlex.join(arguments)
     a.out.write_text(json.dumps(dict(provenance=provenance() | dict(command=command), **result), indent=1))
 
 # %% ../../nbs/71_studies.hdreamer.ipynb #5f0c6db0

@@ -9,6 +9,7 @@ __all__ = ['MAIN', 'TEMPERATURES', 'ABLATIONS', 'config', 'Meter', 'fit', 'error
 # %% ../../nbs/72_studies.shi.ipynb #8ee4c86a
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     p.add_argument("--runs", type=Path, default=Path("runs/shi-study")); p.add_argument("--out", type=Path, required=True)
     p.add_argument("--costs", action="store_true", help="only measure what dreams cost, and write that to --out")
     a = p.parse_args(arguments)
-    command = "python -m hidreamer.studies.shi " + " ".join(arguments)
+    command = "python -m hidreamer.studies.shi " + shlex.join(arguments)
     if a.costs: return write_costs(a.out, command)
     study(a.game, a.seeds, a.updates, a.kinds, a.runs, a.out, command)
 

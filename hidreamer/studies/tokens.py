@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import subprocess
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -135,7 +136,7 @@ def provenance(arguments: list[str], seed: int) -> dict:
     try: commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError: commit = ""
     cpu = [x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
-    return dict(command="python -m hidreamer.studies.tokens " + " ".join(arguments), commit=commit or "unknown", seed=seed, python=platform.python_version(),
+    return dict(command="python -m hidreamer.studies.tokens " + shlex.join(arguments), commit=commit or "unknown", seed=seed, python=platform.python_version(),
                 torch=torch.__version__, cpu=cpu[0] if cpu else platform.processor(), cores=os.cpu_count(), threads=torch.get_num_threads(),
                 date=time.strftime("%Y-%m-%d"), interval="95% bootstrap over test episodes, training seed fixed")
 

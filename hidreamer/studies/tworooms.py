@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+import shlex
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -321,7 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     cfgs = [StudyConfig(layout=a.layout, between=a.between, transitions=n, epochs=round(a.epochs * max(a.sizes) / n), seed=s, trials=a.trials, budget=a.budget,
                         horizon=a.horizon)
             for s in a.seeds for n in a.sizes]
-    for r in study(cfgs, a.runs, a.out, a.mode, a.arms, "python -m hidreamer.studies.tworooms " + " ".join(arguments)): print(show(r))
+    for r in study(cfgs, a.runs, a.out, a.mode, a.arms, "python -m hidreamer.studies.tworooms " + shlex.join(arguments)): print(show(r))
 
 # %% ../../nbs/73_studies.tworooms.ipynb #846ae20f
 #| eval: false

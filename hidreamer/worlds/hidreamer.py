@@ -34,9 +34,9 @@ class HiDreamerConfig(Config):
     head_width: int = 64        # channels of the code head
     head_blocks: int = 2        # blocks shared by all passes; each pass has one more of its own
     halves: int = 0             # so many levels, the coarsest first, are predicted in two passes each, like the colours of a chessboard
-    changes: int = 0            # places of a frame that may get new codes, those most likely to change; the others keep theirs. 0: every place gets new ones
+    changes: int = 0            # at most so many places of a frame get new codes: those drawn to change, the likeliest if more are. 0: every place
     temperature: float = 1.     # of imagined codes; below 1 dreams are sharper than the model is sure. Which places change is drawn as it is believed
-    foresee: tuple[int, ...] = ()   # so many steps ahead the state says which places will change, whatever is done: so it knows of motion
+    foresee: tuple[int, ...] = ()   # a side loss: so many steps ahead the state says which places change, not told what is done: so it knows of motion
     judge_sees: tuple[str, ...] = ("state",)              # rewards and ends are read from: state, picture, before (the coarse picture of the frame before)
     policy_sees: tuple[str, ...] = ("state", "picture")   # the same for what a policy is shown
     reward_steps: int = 1       # rewards predicted from one state: the last one and those of the next steps
@@ -365,8 +365,8 @@ class HiDreamer(WorldModel):
         return loss, logs
 
     def ahead(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        """What the passes share for steps 1, 2, ... (b*(t-1) h w d), the present picture, the next frame's maps, the transformer's outputs, its side losses;
-        and all `VIEWS` of steps 0, 1, ... (b t ...)."""
+        """For the head, of steps 1, 2, ...: what its passes share (b*(t-1) h w d), the present picture, and the next frame's maps; for other losses: the
+        transformer's outputs, its side losses, and all `VIEWS` of steps 0, 1, ... (b t ...)."""
         maps = self.maps(codes)
         y, aux = self.transformer(self.level_tokens(maps), actions)
         views = y[:, :, -2], self.picture(maps), self.earlier(maps)
@@ -409,9 +409,9 @@ class HiDreamer(WorldModel):
         return mask.nonzero()[:, 0] if at_home(mask) else torch.arange(len(mask), device=mask.device)
 
     def predict(self, codes: Int[Tensor, "b t n"], actions: Int[Tensor, "b t"]):
-        "Logits of every level for steps 1, 2, ... (list of (b*(t-1) k c)), the transformer's outputs, and its side losses."
-        x, now, _, y, aux, _ = self.ahead(codes, actions)
-        return self.believed(x, now, codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1)), y, aux
+        "Logits of every level for steps 1, 2, ...: a list of (b*(t-1) k c)."
+        x, now, *_ = self.ahead(codes, actions)
+        return self.believed(x, now, codes[:, 1:].flatten(0, 1), codes[:, :-1].flatten(0, 1))
 
     @torch.no_grad()
     def expected(self, state: DreamState, action: Int[Tensor, "b"], codes: Int[Tensor, "b n"]) -> list[Float[Tensor, "b k c"]]:
@@ -446,7 +446,7 @@ class HiDreamer(WorldModel):
     def choose(self, score: Float[Tensor, "n k"], changed: Bool[Tensor, "n k"]) -> tuple[Int[Tensor, "r"], Bool[Tensor, "r"], Bool[Tensor, "n k"]]:
         """The places that get new codes, as rows of all maps laid end to end; which of them change; and the same as a map.
 
-        In each frame at most `changes`; `score`, in [0, 1], says which others to take.
+        In each frame at most `changes`, those that change before others, and among each kind those of the highest `score`, in [0, 1].
         A GPU, which must not wait for their number, takes so many always; a CPU those that change alone."""
         at = (changed + .5 * score).topk(self.cfg.changes).indices                           # those that change come first
         rows, some = rows_of(at, changed.shape[1]), changed.gather(1, at).flatten()
@@ -580,7 +580,7 @@ class Contrast(nn.Module):
     From the state at t and the next k actions, pick the frame at t+k among all frames of the batch."""
     def __init__(self, cfg: HiDreamerConfig, actions: int, d: int = 128, shift: int = 4):
         super().__init__()
-        self.steps, self.shift, self.actions = cfg.contrast, shift, actions
+        self.shift, self.actions = shift, actions
         width = cfg.transformer.width
         self.key = mlp([cfg.tokens.fine ** 2 * cfg.tokens.dim, 2 * d, d])
         self.query = nn.ModuleList(mlp([width + k * actions, 2 * d, d]) for k in range(1, cfg.contrast + 1))
@@ -599,7 +599,7 @@ class Contrast(nn.Module):
         return total / norm
 
     def crop(self, frames):
-        "Shift every segment by up to `shift` pixels (pad by repeating the border, then crop)."
+        "Shift all segments alike, by up to `shift` pixels (pad by repeating the border, then crop)."
         s, size = self.shift, frames.shape[-1]
         x = F.pad(frames.flatten(0, 1).float(), (s,) * 4, mode="replicate").to(torch.uint8).unflatten(0, frames.shape[:2])
         i, j = torch.randint(2 * s + 1, (2,)).tolist()
@@ -618,7 +618,7 @@ def token_accuracy(world: HiDreamer, episodes: list[Segment], length: int = 16, 
     for i in range(0, len(windows), batch):
         seg = Segment.join(windows[i:i + batch]).to(next(world.parameters()).device)
         codes = world.tokenizer.encode(seg.frames)
-        for l, (c, z) in enumerate(zip(codes.split(world.sizes, -1), world.predict(codes, seg.actions)[0])):
+        for l, (c, z) in enumerate(zip(codes.split(world.sizes, -1), world.predict(codes, seg.actions))):
             new, old = c[:, 1:].flatten(0, 1), c[:, :-1].flatten(0, 1)
             right, moved, nll = z.argmax(-1) == new, new != old, nats(z, new)
             for k, v in dict(n=torch.ones_like(new), changed=moved, right=right, right_changed=right & moved, nats=nll, nats_changed=nll * moved).items():
