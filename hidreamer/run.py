@@ -446,6 +446,8 @@ class Run:
                  tensorboard: bool = True):         # write TensorBoard events too
         self.path, self.keep, self.tensorboard = Path(path).expanduser().absolute(), keep, tensorboard
         self._log = self._writer = None
+        if self.path.is_file():
+            raise HidreamerError(f"run={str(self.path)!r}: is a file, not a run folder. One from `hidreamer publish` is for eval, dream, play, report, info.")
         if config is None:
             self.config = self.read_config()
             return
@@ -468,8 +470,11 @@ class Run:
     def read_config(self) -> dict:
         "The config on disk; `HidreamerError` if there is none or it cannot be read."
         if not (self.path/"config.json").is_file():
+            runs = sorted(p.parent.name for p in self.path.glob("*/config.json"))
+            why = "no run here (config.json is missing)" if self.path.is_dir() else "no run here (there is no such folder)"
+            if runs: raise HidreamerError(f"run={str(self.path)!r}: {why}, but there are some in it. Name one: {', '.join(runs[:5])}.")
             here = [p.parent.name for p in self.path.parent.glob("*/config.json")] if self.path.parent.is_dir() else []
-            raise HidreamerError(f"run={str(self.path)!r}: no run here (config.json is missing). " +
+            raise HidreamerError(f"run={str(self.path)!r}: {why}. " +
                                  (f"Nearest: {nearest(self.path.name, here)}." if here else "Train one with `hidreamer train --run DIR`."))
         config = self.read_json("config.json")
         if not isinstance(config, dict): raise HidreamerError(f"run={str(self.path)!r}: config.json holds no fields. Mend it, or choose another --run DIR.")

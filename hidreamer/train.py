@@ -10,6 +10,7 @@ __all__ = ['WORLDS', 'LEARNERS', 'PRESETS', 'LOWER', 'TrainConfig', 'quick', 'cp
 
 # %% ../nbs/60_train.ipynb #cell-003
 import copy
+import itertools
 import json
 import math
 import os
@@ -109,7 +110,7 @@ class TrainConfig(Config):
         kind = WORLDS[self.world][0]
         check(type(self.model) is kind, "model", type(self.model).__name__, f"must be a {kind.__name__} for world={self.world!r}",
               "preset(name, world) builds the right one.")
-        if self.env != "Crafter": game_id(self.env)
+        if self.env != "Crafter": check(self.env != game_id(self.env), "env", self.env, "is the console's name of a game", "Write --env Pong for ALE/Pong-v5.")
         for name in ("steps", "envs", "block", "batch", "dream_batch", "dream_context", "dream_repeat", "horizon", "save_every", "episodes"):
             check(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
         for name in ("envs", "threads"): check(getattr(self, name) <= 4096, name, getattr(self, name), "must be at most 4096")
@@ -258,6 +259,8 @@ class Trainer:
     def __init__(self, cfg: TrainConfig):
         self.cfg, new = cfg.check(), not any(cfg.folder.glob("checkpoints/step-*"))
         if new: cfg.check_warm_up()
+        check(not (cfg.folder/"published").exists(), "run", str(cfg.folder), "holds a published agent, which comes without the games to go on from",
+              "Choose another --run DIR.")
         if cfg.threads: torch.set_num_threads(cfg.threads)
         seed_everything(cfg.seed); keep_memory()
         self.device = find_device(cfg.device)
@@ -757,7 +760,12 @@ def train(cfg: TrainConfig) -> Path:
     try:
         if t.clock["steps"]: tqdm.write(f"resuming {t.run.path} at step {t.clock['steps']:,}")
         t.learn()
-        if t.judged == t.row: tqdm.write(f"{t.run.path} is finished. `hidreamer eval {t.run.path}` plays more games."); return t.run.path
+        done = t.clock["steps"] >= cfg.steps
+        if not done: tqdm.write(f"{t.run.path}: stopped by --max-minutes {cfg.max_minutes:g} at step {t.clock['steps']:,} of {cfg.steps:,}. "
+                                "The same command with a larger one goes on; 0 is without a limit.")
+        if t.judged == t.row:
+            tqdm.write(f"{t.run.path} is {'finished' if done else 'evaluated'}. `hidreamer eval {t.run.path}` plays more games.")
+            return t.run.path
         s = t.judge()
         said = lambda x: f"{x['mean']:.2f}" + (" ({:.2f} to {:.2f})".format(*x["interval"]) if x["interval"] else "")
         tqdm.write(f"{cfg.env}: {said(s)} over {len(s['returns'])} games, random {said(s['random'])}; report: {t.run.path / 'report' / 'index.html'}")
@@ -799,7 +807,7 @@ def publish(run: str | Path, out: str | Path | None = None) -> Path:
 def folder_of(run: str | Path) -> Path:
     """`run`, or, if it is a file from `publish`, the run folder beside it, of the same name; it is made if it is not there.
 
-    Where the file has changed since, it is made anew, and what was written there (scores, films) is lost."""
+    Where the file has changed since, it is made anew; what was there (scores, films) gets another name."""
     run = Path(run)
     if not run.is_file(): return run
     folder = run.with_suffix("")
@@ -814,7 +822,9 @@ def folder_of(run: str | Path) -> Path:
     if folder.exists():
         check(mark.exists(), "run", str(run), f"would be unpacked into {folder}, where something else is", "Rename or move the file.")
         if mark.read_text() == mine: return folder
-        shutil.rmtree(folder)                            # unpacked from an earlier file of this name
+        spare = next(p for i in itertools.count(1) if not (p := folder.with_name(f"{folder.name}.old{i}")).exists())
+        folder.rename(spare); tqdm.write(f"{run} has changed; what was in {folder} is in {spare} now.")
+    check(os.access(folder.parent, os.W_OK), "run", str(run), "would be unpacked beside itself, where nothing may be written", "Copy it to a folder of yours.")
     part = folder.with_name(f".{folder.name}.{os.getpid()}")                # there as a whole or not at all, whoever else unpacks it now
     try:
         with Run(part, config, tensorboard=False) as made:

@@ -23,6 +23,8 @@ def test_info(hidreamer):
     (["trian"], "Nearest: train"),
     (["eval", "nowhere"], "no run here"),
     (["report"], "at least one run folder"),
+    (["play", "nowhere", "--out", "film.txt"], "must end in .gif or .mp4"),
+    (["play", "nowhere", "--fps", "0"], "fps=0: must be at least 1"),
     (["info", "--hlep"], "Unrecognized"),
 ])
 def test_mistakes_are_explained(hidreamer, args, said):

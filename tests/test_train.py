@@ -43,6 +43,7 @@ def test_looking(home, hidreamer):
     hidreamer("eval", home, "--episodes", 2, check=0)
     scores = json.loads((home / "scores.json").read_text())
     assert len(scores["returns"]) == 2 and scores["versions"]["torch"] and scores["hardware"]["cores"]
+    assert "fewer than the 2" in " ".join(hidreamer("eval", home, "--episodes", 1, check=2).stderr.split())
     hidreamer("dream", home, "--horizon", 10, check=0)
     assert " in 50 steps" in hidreamer("play", home, "--max-steps", 50, check=0).stdout
     hidreamer("report", home, check=0)
@@ -72,7 +73,7 @@ def test_damaged_checkpoints(home, tmp_path, hidreamer):
     saved = sorted(folder.glob("checkpoints/step-*"))
     (saved[-1] / "model.safetensors").write_bytes(b"half")
     if len(saved) > 1:
-        done = hidreamer("eval", folder, "--episodes", 1, check=0)
+        done = hidreamer("eval", folder, "--episodes", 2, check=0)
         assert f"{saved[-1].name} is damaged" in done.stderr
     for path in saved: (path / "training.pt").unlink()
     for command in (["eval", folder], ["train", "--run", folder]):

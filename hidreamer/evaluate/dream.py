@@ -4,18 +4,22 @@
 
 # %% auto #0
 __all__ = ['GAIN', 'SEEN', 'DREAMT', 'PAPER', 'INK', 'Dream', 'picture', 'view', 'imagine_beside', 'text', 'enlarge', 'put',
-           'columns_of', 'compose', 'filmstrip', 'write_film', 'dream']
+           'columns_of', 'compose', 'filmstrip', 'check_film', 'write_film', 'dream']
 
 # %% ../../nbs/61_evaluate.dream.ipynb #cell-003
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 import torch
+from PIL import Image
 from einops import rearrange, repeat
 from ..core import Segment, check
 from .rollouts import choose_starts
 from .scores import own_randomness
+from ..run import explained
 
 # %% ../../nbs/61_evaluate.dream.ipynb #cell-007
 @dataclass
@@ -140,15 +144,30 @@ def filmstrip(d: Dream, path: Path, steps=(1, 2, 3, 5, 10, 15, 25, 40)) -> Path:
     return Path(path)
 
 # %% ../../nbs/61_evaluate.dream.ipynb #cell-019
-def write_film(frames: list[np.ndarray], path: Path, fps: int = 10) -> Path:
-    "Write `.gif`, or `.mp4` where imageio-ffmpeg is installed."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    check(path.suffix in (".gif", ".mp4"), "path", str(path), "must end in .gif or .mp4")
-    if path.suffix == ".gif": imageio.mimwrite(path, frames, duration=1000 / fps, loop=0); return path
-    try: import imageio_ffmpeg  # noqa: F401
-    except ImportError: check(False, "path", str(path), "needs the package imageio-ffmpeg", "pip install imageio-ffmpeg, or write a .gif.")
-    even = [f[:f.shape[0] // 2 * 2, :f.shape[1] // 2 * 2] for f in frames]
-    imageio.mimwrite(path, even, fps=fps, macro_block_size=2)
+def check_film(path: Path, fps: int = 10) -> Path:
+    "A path that a film can be written to: `.gif`, or `.mp4` where imageio-ffmpeg is installed. Raises `HidreamerError` for others."
+    path = Path(path)
+    check(path.suffix in (".gif", ".mp4"), "out", str(path), "must end in .gif or .mp4")
+    check(fps >= 1, "fps", fps, "must be at least 1")
+    if path.suffix == ".mp4":
+        try: import imageio_ffmpeg  # noqa: F401
+        except ImportError: check(False, "out", str(path), "needs the package imageio-ffmpeg", "pip install imageio-ffmpeg, or write a .gif.")
+    return path
+
+def write_film(frames: Iterable[np.ndarray], path: Path, fps: int = 10) -> Path:
+    "Write frames, uint8 (height width 3), as `check_film` allows: whole or not at all."
+    path = check_film(path, fps); part = path.with_name(f".tmp-{path.name}")
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if path.suffix == ".gif":
+                images = map(Image.fromarray, frames)                # one at a time: a whole game would not fit into memory
+                next(images).save(part, save_all=True, append_images=images, duration=1000 / fps, loop=0)
+            else:
+                with imageio.get_writer(part, fps=fps, macro_block_size=2) as film:
+                    for f in frames: film.append_data(f[:f.shape[0] // 2 * 2, :f.shape[1] // 2 * 2])          # even numbers of pixels
+            os.replace(part, path)
+        finally: part.unlink(missing_ok=True)
     return path
 
 def dream(world, policy, episode: Segment, path: str | Path = "dream.gif", context: int = 8, horizon: int = 40, start: int | None = None,
@@ -156,6 +175,7 @@ def dream(world, policy, episode: Segment, path: str | Path = "dream.gif", conte
     """Imagine beside `episode` (see `imagine_beside`) and write the film to `path` and its strip beside it as `.png`. `policy` may be None.
     `scale` is lowered until the file has at most `limit` bytes. Episodes that are too short shorten the horizon."""
     check(episode.time > context, "episode.time", episode.time, f"must exceed context={context}", "Choose a longer episode.")
+    check_film(path, fps)
     d = imagine_beside(world, policy, episode, context, min(horizon, episode.time - context), start, seed)
     for s in range(scale, 0, -1):
         d.path = write_film(compose(d, s), Path(path), fps)

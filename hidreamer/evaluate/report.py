@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INK', 'GRID', 'SERIES', 'VARIABLES', 'LIGHT', 'CSS', 'TITLES', 'FEW', 'MOST', 'number', 'span', 'score_verdict',
            'rollout_verdict', 'figure', 'svg', 'draw_scores', 'draw_rollout', 'curves', 'thin', 'draw_curve', 'table',
-           'missing', 'tile', 'embed', 'Folder', 'option', 'command', 'headline', 'dreams', 'learning', 'stages',
-           'costs', 'write_report']
+           'missing', 'unlearned', 'tile', 'embed', 'Folder', 'option', 'command', 'headline', 'dreams', 'learning',
+           'stages', 'costs', 'write_report']
 
 # %% ../../nbs/61_evaluate.report.ipynb #cell-003
 import base64
@@ -191,6 +191,10 @@ def table(rows, head=()) -> str:
 
 def missing(what: str, command: str) -> str:
     return f'<div class="card missing">{escape(what)} <code>{escape(command)}</code> makes them.</div>'
+def unlearned(f: "Folder", what: str) -> str:
+    "What training alone makes is missing."
+    if (f.path/"published").exists(): return f'<div class="card missing">{escape(what)} A published agent comes without.</div>'
+    return missing(what, f"hidreamer train --run {f.path}")
 def tile(name: str, value, note: str = "") -> str:
     return f'<div class="tile"><span>{escape(name)}</span><b>{escape(number(value))}</b><span>{escape(note)}</span></div>'
 def embed(path: Path) -> str:
@@ -263,7 +267,8 @@ def headline(f: Folder) -> str:
     if hn is not None: tiles.append(tile("human-normalised", f"{100 * hn:.1f}%", "0% random, 100% human, both published"))
     steps = s.get("environment_steps") or (f.rows[-1]["step"] if f.rows else None)
     skip = 1 if game == "Crafter" else f.get("skip", 4)
-    if steps: tiles.append(tile("environment steps", steps, f"{number(steps * skip)} game frames at frame skip {skip}"))
+    asked, frames = f.get("steps", steps), f"{number((steps or 0) * skip)} game frames at frame skip {skip}"
+    if steps: tiles.append(tile("environment steps", steps, frames if steps >= asked else f"of {number(asked)} that were asked for; {frames}"))
     out += [f'<p class=lead>{escape(score_verdict(s))}</p><div class=tiles>{"".join(tiles)}</div>',
             f'<div class="card wide">{svg(draw_scores(s), 9, 2.2, "returns of the policy and of a random policy")}</div>']
     return "".join(out)
@@ -278,7 +283,7 @@ def dreams(f: Folder) -> str:
     else: out += missing("No film yet.", f"hidreamer dream {f.path}")
     if strip.exists(): out += f'<figure class="card strip"><img alt="strip of real and imagined frames" src="{embed(strip)}"></figure>'
     out += "<h2>How far it can be trusted</h2>"
-    if f.rollouts is None: return out + missing("No rollout error yet.", f"hidreamer train --run {f.path}")
+    if f.rollouts is None: return out + unlearned(f, "No rollout error yet.")
     r = f.rollouts; cell = lambda c: "" if not c or c["mean"] is None else f"{c['mean'] * 1e3:.2f}" + (
         "" if c["low"] is None else f" [{c['low'] * 1e3:.2f}, {c['high'] * 1e3:.2f}]")
     names = [k for k in r["rows"][0] if k not in ("t", "changed_share")]
@@ -297,7 +302,7 @@ FEW, MOST = 3, 12       # groups of fewer charts share one grid; charts beyond `
 def learning(f: Folder) -> str:
     "One small chart per metric, score first, then by group."
     out = "<h2>How it learnt</h2>"
-    if not f.rows: return out + missing("No metrics yet.", f"hidreamer train --run {f.path}")
+    if not f.rows: return out + unlearned(f, "No metrics yet.")
     groups, order = curves([{k: v for k, v in r.items() if k != "score/random"} for r in f.rows]), list(TITLES)
     level = f.scores["random"]["mean"] if f.scores and f.scores.get("random") else None
     def cards(g, charts):
