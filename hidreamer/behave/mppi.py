@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from tqdm import tqdm
 from ..core import Config, check
 from ..data.tworooms import Rooms, Trials, planes
 
@@ -220,9 +221,9 @@ class Played:
 
 # %% ../../nbs/53_behave.mppi.ipynb #fba044b0
 @torch.no_grad()
-def play(trials: Trials, agent, observe: Callable | None = None, where: Callable | None = None) -> Played:
+def play(trials: Trials, agent, observe: Callable | None = None, where: Callable | None = None, name: str = "") -> Played:
     """Run `agent` on all trials in the true rooms. `observe(locations (b 2)) -> states (b ...)` is what it sees, `where(states) -> locations`
-    reads plans and subgoals (defaults: a state is a location)."""
+    reads plans and subgoals (defaults: a state is a location). With a `name` there is a progress bar of it."""
     rooms, cfg, n = Rooms(trials.layout), trials.layout, len(trials)
     observe, where = observe or (lambda x: x), where or (lambda x: x)
     begin, before = time.perf_counter(), sum(p.used for p in agent.planners)
@@ -232,7 +233,7 @@ def play(trials: Trials, agent, observe: Callable | None = None, where: Callable
     steps[success] = 0
     paths, subgoals = [xy], torch.full((n, cfg.limit, 2), torch.nan)
     agent.reset()
-    for t in range(cfg.limit):
+    for t in tqdm(range(cfg.limit), desc=name, unit="step", mininterval=1, leave=False, disable=not name):
         if (done := success[alive]).any():
             if t: agent.keep(~done)
             alive = alive[~done]

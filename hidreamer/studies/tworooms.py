@@ -200,8 +200,7 @@ def evaluate_arms(world: HJEPA, probe: Probe, cfg: StudyConfig, trials: Trials, 
     agents, out = planners(world, cfg, radius, cfg.seed), {}
     for name in arms or agents:
         check(name in agents, "arm", name, f"must be one of {', '.join(agents)}")
-        with torch.no_grad(), enough_memory("--trials"), tqdm(total=1, desc=f"{name}, {len(trials)} trials", bar_format="{desc}: {elapsed}") as bar:
-            out[name] = play(trials, agents[name], see, where); bar.update()
+        with torch.no_grad(), enough_memory("--trials"): out[name] = play(trials, agents[name], see, where, f"{name}, {len(trials)} trials")
     return out
 
 # %% ../../nbs/73_studies.tworooms.ipynb #6bda0146
