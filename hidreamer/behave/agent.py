@@ -101,4 +101,3 @@ class RandomAgent:
     def act(self, frames: UInt8[Tensor, "n c h w"], first: Bool[Tensor, "n"], greedy: bool = False) -> Int[Tensor, "n"]:
         "Uniform actions; `first` and `greedy` change nothing."
         return torch.randint(self.n, (len(frames),), generator=self.generator).to(frames.device)
-
